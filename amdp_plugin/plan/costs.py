@@ -1,0 +1,86 @@
+"""What things cost: the numbers a schedule is planned and predicted with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .action import BACKWARD, FORWARD, UPDATE, Action
+
+TICKS_PER_SECOND = 1_000_000_000
+
+
+def ticks(seconds: float) -> int:
+    """Whole nanoseconds. Times are added as integers so that equal windows are exactly equal."""
+    return round(seconds * TICKS_PER_SECOND)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of each stage's forward and backward, of an update, and of a message.
+
+    Args:
+        forward: seconds of one micro-batch's forward, one entry a stage.
+        backward: seconds of one micro-batch's backward, one entry a stage.
+        update: seconds of one optimizer step of a stage, one entry a stage.
+        link_latency: seconds that every message between two ranks takes, whatever its size.
+        message_bytes: bytes of one activation (its gradient has as many).
+        link_bandwidth: bytes a second between two ranks.
+
+    Raises:
+        ValueError: for a cost that is negative, or a forward or backward that takes no time.
+    """
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    update: tuple[float, ...]
+    link_latency: float = 0.0
+    message_bytes: float = 0.0
+    link_bandwidth: float = float("inf")
+
+    def __post_init__(self) -> None:
+        if not len(self.forward) == len(self.backward) == len(self.update):
+            raise ValueError(
+                f"forward, backward and update need one entry a stage; got {len(self.forward)}, "
+                f"{len(self.backward)} and {len(self.update)}"
+            )
+        if min(ticks(cost) for cost in (*self.forward, *self.backward)) < 1:
+            raise ValueError("a forward and a backward take at least a nanosecond each")
+        if min(*self.update, self.link_latency, self.message_bytes) < 0 or self.link_bandwidth <= 0:
+            raise ValueError(
+                "update, link_latency and message_bytes cannot be negative, link_bandwidth must be positive"
+            )
+
+    @classmethod
+    def uniform(
+        cls,
+        num_stages: int,
+        *,
+        forward: float = 1.0,
+        backward_ratio: float = 2.0,
+        update: float = 0.0,
+        link_latency: float = 0.0,
+    ) -> CostModel:
+        """Equal stages; the backward takes ``backward_ratio`` forwards."""
+        return cls(
+            (forward,) * num_stages,
+            (forward * backward_ratio,) * num_stages,
+            (update,) * num_stages,
+            link_latency,
+        )
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.forward)
+
+    def action_ticks(self, action: Action) -> int:
+        """Nanoseconds that ``action`` keeps its rank busy."""
+        table = self._seconds(action.kind)
+        return ticks(table[action.stage]) if table else 0
+
+    def link_ticks(self) -> int:
+        """Nanoseconds from the end of an action to the arrival of its message on another rank."""
+        return ticks(self.link_latency + self.message_bytes / self.link_bandwidth)
+
+    def _seconds(self, kind: str) -> Sequence[float]:
+        return {FORWARD: self.forward, BACKWARD: self.backward, UPDATE: self.update}.get(kind, ())

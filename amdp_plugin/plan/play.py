@@ -1,0 +1,50 @@
+"""Step through a program in an order that its dependencies allow."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from .action import Action
+from .program import Program
+
+Place = tuple[int, Action]
+"""An action on a rank."""
+
+
+class Stuck(Exception):
+    """No rank can go on. ``blocked[rank]`` is (position in the row, action there, what it waits for)."""
+
+    def __init__(self, blocked: dict[int, tuple[int, Action, Place]]) -> None:
+        super().__init__(f"{len(blocked)} ranks wait for ever")
+        self.blocked = blocked
+
+
+def play(program: Program) -> Iterator[Place]:
+    """Yield every (rank, action) once, each rank's in its row's order, each after its dependencies.
+
+    Receives block and sends are buffered. Raises :class:`Stuck` when that leads nowhere.
+    """
+    rows, dependencies = program.rows, program.schedule.dependencies
+    position = [0] * len(rows)
+    done: set[Place] = set()
+    waiting: dict[Place, list[int]] = {}
+    blocked: dict[int, tuple[int, Action, Place]] = {}
+    runnable = deque(range(len(rows)))
+    while runnable:
+        rank = runnable.popleft()
+        blocked.pop(rank, None)
+        row = rows[rank]
+        while position[rank] < len(row):
+            action = row[position[rank]]
+            missing = next((place for place in dependencies(rank, action) if place not in done), None)
+            if missing is not None:
+                waiting.setdefault(missing, []).append(rank)
+                blocked[rank] = (position[rank], action, missing)
+                break
+            yield rank, action
+            position[rank] += 1
+            done.add((rank, action))
+            runnable.extend(waiting.pop((rank, action), ()))
+    if blocked:
+        raise Stuck(blocked)

@@ -1,0 +1,211 @@
+"""The figures that a user reads before a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from textwrap import wrap
+from typing import Any
+
+from .program import Program
+from .schedule import Schedule
+from .scheduler import Scheduler
+from .simulate import in_flight, simulate
+from .verify import ProgramError, verify
+from .versions import Version, versions
+
+ACTIONS_TO_EXAMINE = 1_000_000
+"""How many actions a report looks at, at most, in the search for the windows that repeat for ever."""
+
+RECOMPUTATION = (
+    "Activation recomputation re-runs the forward at backward time: where the gap is above 0 it uses the new weights "
+    "for both."
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a schedule costs and gives, in its steady state unless said otherwise.
+
+    Args:
+        windows: windows that the user asked to see. The figures do not depend on it.
+        utilization: busy share of all ranks between two like instants.
+        bubble: ``1 - utilization``.
+        seconds_per_window: time of one window.
+        forwards_per_window: the same, in forwards of one (mean) stage.
+        max_version_gap: the largest of ``version_gap_by_stage``.
+        max_version_gap_stated: the largest gap that the schedule states it may show.
+        max_staleness: updates between a forward and the update its gradient goes into, at most.
+        version_gap_by_stage: (version at backward) - (version at forward), the largest of each stage.
+        mismatched_by_stage: micro-batches with a gap above 0, in the window that has most of them.
+        peak_in_flight_by_rank: micro-batches forwarded and not yet backwarded, at most, over all stages of the rank
+            and with the warm-up.
+        weight_copies_by_rank: copies of the weights of one stage that a rank holds.
+        deadlock_free: whether no rank waits for ever; ``breach`` says who does.
+        verified_windows: windows on which all laws were checked, from the first on.
+        period: windows after which everything repeats, so that the laws hold for ever; ``None`` when no
+            repetition was seen in ``verified_windows``, and the figures are those of the later half of these.
+    """
+
+    schedule: str
+    options: Mapping[str, Any]
+    stages: int
+    ranks: int
+    directions: int
+    micro_batches: int
+    windows: int
+    utilization: float
+    bubble: float
+    seconds_per_window: float
+    forwards_per_window: float
+    max_version_gap: int
+    max_version_gap_stated: int
+    max_staleness: int
+    version_gap_by_stage: tuple[int, ...]
+    mismatched_by_stage: tuple[int, ...]
+    peak_in_flight_by_rank: tuple[int, ...]
+    weight_copies_by_rank: tuple[int, ...]
+    deadlock_free: bool
+    breach: str | None
+    verified_windows: int
+    period: int | None
+
+    def to_json(self) -> str:
+        """One JSON object whose keys are the fields."""
+        return json.dumps(asdict(self), indent=2)
+
+    def to_text(self, width: int = 100) -> str:
+        """A few lines for the terminal, wrapped to ``width`` characters."""
+        options = "".join(f", {name} = {value}" for name, value in self.options.items())
+        lines = [
+            f"{self.schedule}: {_count(self.stages, 'stage')} on {_count(self.ranks, 'rank')}, "
+            f"{_count(self.directions, 'direction')}, windows of {_count(self.micro_batches, 'micro-batch')}{options}",
+            "",
+            *_item("utilization", f"{self.utilization:.3f} in the steady state (bubble {self.bubble:.3f})", width),
+            *_item("window", f"takes {self.forwards_per_window:.6g} stage forwards", width),
+            *_item("largest gap", f"{_count(self.max_version_gap, 'update')} between a forward and its backward "
+                   f"({self.max_version_gap_stated} stated); staleness {self.max_staleness}", width),
+            *_item("deadlock-free", self._proof(), width),
+            *_item("gap", f"by stage: {_numbers(self.version_gap_by_stage)}", width),
+            *_item("mismatched", f"micro-batches of a window, by stage: {_numbers(self.mismatched_by_stage)}", width),
+            *_item("in flight", f"at most, by rank: {_numbers(self.peak_in_flight_by_rank)}", width),
+            *_item("weight copies", f"by rank: {_numbers(self.weight_copies_by_rank)}", width),
+            "",
+            RECOMPUTATION,
+        ]
+        return "\n".join(lines)
+
+    def _proof(self) -> str:
+        if self.breach is not None:
+            return f"NO: {self.breach.splitlines()[0]}"
+        checked = f"yes: every law holds on {_count(self.verified_windows, 'window')}"
+        if self.period is None:
+            return f"{checked}; no repetition was seen in them"
+        repeat = "the last repeats" if self.period == 1 else f"the last {self.period} repeat"
+        return f"{checked}, and {repeat} for ever"
+
+
+def report(scheduler: Scheduler, windows: int) -> Report:
+    """The figures of ``scheduler``'s schedule under its costs.
+
+    Raises:
+        ProgramError: when the schedule breaks a law. Only ranks that wait for each other (law 3) are reported
+            instead, by ``deadlock_free``.
+    """
+    schedule = scheduler.schedule
+    per_window = 2 * schedule.num_stages * schedule.micro_batches
+    first, last = scheduler.steady_windows(limit=min(512, max(4, ACTIONS_TO_EXAMINE // per_window)))
+    later = (last - first + _carried_windows(schedule)) if scheduler.period else 0
+    first, last = (first + later, last + later)
+    program = scheduler.program(last)
+    breach = _deadlock(program)
+    timing = simulate(program, scheduler.costs)
+    found = versions(program)
+    utilization, seconds = timing.utilization(first, last), timing.seconds_per_window(first, last)
+    gaps = _gap_by_stage(schedule, found)
+    return Report(
+        schedule=schedule.name,
+        options=schedule.options,
+        stages=schedule.num_stages,
+        ranks=schedule.num_ranks,
+        directions=schedule.placement.directions,
+        micro_batches=schedule.micro_batches,
+        windows=windows,
+        utilization=utilization,
+        bubble=1 - utilization,
+        seconds_per_window=seconds,
+        forwards_per_window=seconds * schedule.num_stages / sum(scheduler.costs.forward),
+        max_version_gap=max(gaps),
+        max_version_gap_stated=max(schedule.max_gap),
+        max_staleness=max(version.staleness for version in found.values()),
+        version_gap_by_stage=gaps,
+        mismatched_by_stage=_mismatched_by_stage(schedule, found, range(first, last)),
+        peak_in_flight_by_rank=tuple(max(in_flight(program, rank)) for rank in range(schedule.num_ranks)),
+        weight_copies_by_rank=_weight_copies(schedule),
+        deadlock_free=breach is None,
+        breach=breach,
+        verified_windows=last,
+        period=scheduler.period,
+    )
+
+
+def _carried_windows(schedule: Schedule) -> int:
+    """Windows at most between a micro-batch's forward and its backward.
+
+    The versions of what was forwarded before the first repeating window are only seen after that many.
+    """
+    return -(-max(schedule.in_flight) * schedule.placement.directions // schedule.micro_batches)
+
+
+def _deadlock(program: Program) -> str | None:
+    try:
+        verify(program)
+    except ProgramError as error:
+        if error.law != 3:
+            raise
+        return str(error)
+    return None
+
+
+def _gap_by_stage(schedule: Schedule, found: Mapping[tuple[int, int], Version]) -> tuple[int, ...]:
+    gaps = [0] * schedule.num_stages
+    for (stage, _), version in found.items():
+        gaps[stage] = max(gaps[stage], version.gap)
+    return tuple(gaps)
+
+
+def _mismatched_by_stage(
+    schedule: Schedule, found: Mapping[tuple[int, int], Version], windows: range
+) -> tuple[int, ...]:
+    counts = {window: [0] * schedule.num_stages for window in windows}
+    for (stage, micro_batch), version in found.items():
+        window = micro_batch // schedule.micro_batches
+        if version.gap and window in counts:
+            counts[window][stage] += 1
+    return tuple(map(max, zip(*counts.values(), strict=True)))
+
+
+def _weight_copies(schedule: Schedule) -> tuple[int, ...]:
+    """A stage that computes with other weights than the latest keeps every version that may be in flight."""
+    copies = [1 if schedule.weights == "latest" else 1 + gap for gap in schedule.max_gap]
+    return tuple(sum(copies[stage] for stage in stages) for stages in schedule.placement.stages)
+
+
+def _count(number: int, word: str) -> str:
+    plural = {"micro-batch": "micro-batches"}.get(word, f"{word}s")
+    return f"{number} {word if number == 1 else plural}"
+
+
+def _numbers(numbers: tuple[int, ...]) -> str:
+    """``1 1 0``; a long run of one number is written ``1 (x60)``."""
+    runs = [(number, len(list(run))) for number, run in groupby(numbers)]
+    return " ".join(f"{number} (x{count})" if count > 8 else " ".join([str(number)] * count) for number, count in runs)
+
+
+def _item(name: str, text: str, width: int) -> list[str]:
+    """``text`` behind ``name``, wrapped and indented."""
+    indent = 15
+    first, *rest = wrap(text, max(20, width - indent))
+    return [name.ljust(indent) + first, *(" " * indent + line for line in rest)]

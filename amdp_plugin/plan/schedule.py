@@ -1,0 +1,146 @@
+"""A named schedule as a point in the family: what it is, not the order it leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
+from .placement import Placement
+
+Priority = Callable[[Action], tuple[Any, ...]]
+
+
+def backward_first(action: Action) -> tuple[int, int]:
+    """A waiting backward before a forward, then the oldest micro-batch."""
+    return (action.kind != BACKWARD, action.index)
+
+
+def forward_first(action: Action) -> tuple[int, int]:
+    """A waiting forward before a backward, then the oldest micro-batch."""
+    return (action.kind != FORWARD, action.index)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The four choices that make a schedule, and the bounds that it states.
+
+    Args:
+        name: what users write in their configuration.
+        placement: which rank runs which stage of which direction.
+        micro_batches: micro-batches of a window, over all directions; one window is one optimizer step.
+        flush: whether a stage waits for its update before it forwards the next window.
+        in_flight: for every stage, how many micro-batches of one direction may be forwarded and not yet
+            backwarded.
+        max_gap: for every stage, the largest (version at backward) - (version at forward) it may show.
+        priority: orders the actions that a rank could start at one instant; the least goes first.
+        update_delay: backwards of the next window that a rank runs on a stage before the update of the
+            closed window; above 0 the closed window's gradient is parked meanwhile.
+        weights: which weights a forward and a backward use.
+        correction: what is done to a gradient that was computed across an update.
+        options: the options the schedule was made with, for reports.
+
+    Raises:
+        ValueError: when the numbers cannot make a schedule.
+    """
+
+    name: str
+    placement: Placement
+    micro_batches: int
+    flush: bool
+    in_flight: tuple[int, ...]
+    max_gap: tuple[int, ...]
+    priority: Priority = backward_first
+    update_delay: int = 0
+    weights: str = "latest"
+    correction: str = "none"
+    options: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        stages, directions = self.placement.num_stages, self.placement.directions
+        if self.micro_batches < 1:
+            raise ValueError(f"{self.name}: a window needs at least one micro-batch, got {self.micro_batches}")
+        if self.micro_batches % directions:
+            below = self.micro_batches // directions * directions
+            nearest = f"{below} or {below + directions}" if below else f"{directions}"
+            raise ValueError(
+                f"{self.name}: {self.micro_batches} micro-batches do not divide over {directions} directions; "
+                f"use {nearest}"
+            )
+        if len(self.in_flight) != stages or len(self.max_gap) != stages:
+            raise ValueError(f"{self.name}: in_flight and max_gap need one entry for each of {stages} stages")
+        if min(self.in_flight) < 1:
+            raise ValueError(f"{self.name}: every stage must admit at least one micro-batch, got {self.in_flight}")
+        if self.flush and self.update_delay:
+            raise ValueError(f"{self.name}: an update cannot stand later than a flush that waits for it")
+
+    @property
+    def num_stages(self) -> int:
+        return self.placement.num_stages
+
+    @property
+    def num_ranks(self) -> int:
+        return self.placement.num_ranks
+
+    @property
+    def kinds(self) -> str:
+        """The kinds of action its programs hold."""
+        return FORWARD + BACKWARD + UPDATE + (REDUCE if self.reduces else "")
+
+    @property
+    def reduces(self) -> bool:
+        """Whether some stage lives on several ranks, so that their gradients must meet."""
+        return any(len(holders) > 1 for holders in self.placement.holders)
+
+    def backwards_per_window(self, rank: int, stage: int) -> int:
+        """Backwards of ``stage`` that ``rank`` runs in one window."""
+        directions = sum(row[stage] == rank for row in self.placement.ranks)
+        return directions * self.micro_batches // self.placement.directions
+
+    def owner(self, action: Action) -> int | None:
+        """The rank of a forward or backward; ``None`` for R and U, which every holder of the stage runs."""
+        if action.kind in (FORWARD, BACKWARD):
+            return self.placement.rank_of(action.stage, action.index)
+        return None
+
+    def message(self, rank: int, action: Action) -> tuple[int, Action] | None:
+        """Where what ``action`` computes on ``rank`` goes: the receiving rank, and the action that needs it.
+
+        ``None`` when nobody needs it, or when the same rank does.
+        """
+        step = {FORWARD: 1, BACKWARD: -1}.get(action.kind, 0)
+        stage = action.stage + step
+        if not step or not 0 <= stage < self.num_stages:
+            return None
+        receiver = self.placement.rank_of(stage, action.index)
+        return None if receiver == rank else (receiver, Action(stage, action.kind, action.index))
+
+    def dependencies(self, rank: int, action: Action) -> Iterator[tuple[int, Action]]:
+        """What must have happened before ``rank`` may run ``action``: (rank, action) pairs (laws 2 to 4).
+
+        How an update relates to the backwards around it depends on where it stands in the row, not on
+        the action alone: see :mod:`.verify`.
+        """
+        stage, kind, index = action
+        rank_of = self.placement.rank_of
+        if kind == FORWARD:
+            if stage > 0:
+                yield rank_of(stage - 1, index), Action(stage - 1, FORWARD, index)
+            if self.flush and index >= self.micro_batches:
+                yield rank, Action(stage, UPDATE, index // self.micro_batches - 1)
+        elif kind == BACKWARD:
+            yield rank, Action(stage, FORWARD, index)
+            if stage < self.num_stages - 1:
+                yield rank_of(stage + 1, index), Action(stage + 1, BACKWARD, index)
+        elif kind == REDUCE:
+            yield from ((rank, Action(stage, BACKWARD, m)) for m in self._window(index) if rank_of(stage, m) == rank)
+        elif rank != self.placement.home(stage):
+            yield self.placement.home(stage), action
+        elif len(self.placement.holders[stage]) > 1:
+            yield from ((holder, Action(stage, REDUCE, index)) for holder in self.placement.holders[stage])
+        else:
+            yield from ((rank, Action(stage, BACKWARD, m)) for m in self._window(index))
+
+    def _window(self, index: int) -> range:
+        return range(index * self.micro_batches, (index + 1) * self.micro_batches)

@@ -1,0 +1,17 @@
+"""GPipe (arXiv 1811.06965): all forwards of a window, then all backwards, then a flush."""
+
+from ..placement import Placement
+from ..schedule import Schedule, forward_first
+
+
+def gpipe(num_stages: int, micro_batches: int) -> Schedule:
+    """Every stage holds the whole window in flight, and no version ever differs."""
+    return Schedule(
+        name="gpipe",
+        placement=Placement.one_direction(num_stages),
+        micro_batches=micro_batches,
+        flush=True,
+        in_flight=(micro_batches,) * num_stages,
+        max_gap=(0,) * num_stages,
+        priority=forward_first,
+    )

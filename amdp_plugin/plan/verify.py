@@ -1,0 +1,169 @@
+"""Proof, for the program at hand, that it obeys the laws (before a run starts, without torch)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
+from .play import Stuck, play
+from .program import Program
+from .render import text_grid
+from .versions import versions
+
+
+class ProgramError(ValueError):
+    """A program breaks a law. The message names the rank, its step and the law, and shows the cell in the grid.
+
+    Args:
+        law: its number, as DESIGN.md counts them.
+        cell: (rank, position in its row); the position may be the row's length, which means its end.
+    """
+
+    def __init__(self, message: str, law: int, cell: tuple[int, int] | None = None) -> None:
+        super().__init__(message)
+        self.law = law
+        self.cell = cell
+
+
+def verify(program: Program) -> None:
+    """Check every law on ``program``.
+
+    Raises:
+        ProgramError: at the first breach, with the rank-by-step grid around the cell.
+    """
+    _check_places(program)
+    _check_updates(program)
+    _check_collectives(program)
+    _check_order(program)
+    _check_bounds(program)
+
+
+def _breach(program: Program, rank: int, position: int, law: int, what: str) -> ProgramError:
+    row = program.rows[rank]
+    cell = f"{row[position]} (rank {rank}, step {position})" if position < len(row) else f"the end of rank {rank}"
+    grid = text_grid(program, mark=(rank, position))
+    message = f"{program.schedule.name} breaks law {law} at {cell}: {what}\n{grid}"
+    return ProgramError(message, law, (rank, position))
+
+
+def _check_places(program: Program) -> None:
+    """Law 1: every (stage, micro-batch) once forward and once backward, on the rank that owns it."""
+    schedule = program.schedule
+    complete = program.windows * schedule.micro_batches
+    if len(program.rows) != schedule.num_ranks:
+        what = f"it has {schedule.num_ranks} ranks, the program has {len(program.rows)} rows"
+        raise ProgramError(f"{schedule.name} breaks law 1: {what}", 1)
+    seen: set[tuple[int, Action]] = set()
+    for rank, row in enumerate(program.rows):
+        for position, action in enumerate(row):
+            holds = schedule.placement.stages[rank]
+            if action.stage not in holds:
+                raise _breach(program, rank, position, 1, f"rank {rank} holds the stages {holds}, not {action.stage}")
+            owner = schedule.owner(action)
+            if owner not in (rank, None):
+                raise _breach(program, rank, position, 1, f"it belongs to rank {owner}")
+            if (rank, action) in seen:
+                raise _breach(program, rank, position, 1, f"rank {rank} has run {action} before")
+            seen.add((rank, action))
+    for micro_batch in range(complete):
+        for stage in range(schedule.num_stages):
+            rank = schedule.placement.rank_of(stage, micro_batch)
+            for kind in (FORWARD, BACKWARD):
+                if (rank, Action(stage, kind, micro_batch)) not in seen:
+                    owes = f"rank {rank} owes {Action(stage, kind, micro_batch)} and never runs it"
+                    raise _breach(program, rank, len(program.rows[rank]), 1, owes)
+
+
+def _check_updates(program: Program) -> None:
+    """Law 4: update ``k`` applies exactly the gradients of window ``k``, each update once and in turn."""
+    schedule = program.schedule
+    for rank, row in enumerate(program.rows):
+        updates: Counter[int] = Counter()
+        backwards: Counter[int] = Counter()
+        for position, (stage, kind, index) in enumerate(row):
+            per_window = schedule.backwards_per_window(rank, stage)
+            if kind == BACKWARD:
+                early = backwards[stage] + 1 - (updates[stage] + 1) * per_window
+                if early > schedule.update_delay:
+                    owes = f"rank {rank} owes {Action(stage, UPDATE, updates[stage])} first, or mixes two windows"
+                    raise _breach(program, rank, position, 4, owes)
+                backwards[stage] += 1
+            elif kind == UPDATE:
+                if index != updates[stage]:
+                    due = Action(stage, UPDATE, updates[stage])
+                    raise _breach(program, rank, position, 4, f"the update due on rank {rank} is {due}")
+                if backwards[stage] < (index + 1) * per_window:
+                    count = backwards[stage] - index * per_window
+                    what = f"only {count} of {per_window} backwards of window {index} are in it"
+                    raise _breach(program, rank, position, 4, what)
+                updates[stage] += 1
+        if not schedule.reduces and not schedule.update_delay:
+            for stage in schedule.placement.stages[rank]:
+                if updates[stage] < program.windows:
+                    owes = f"rank {rank} owes {Action(stage, UPDATE, updates[stage])} and never runs it"
+                    raise _breach(program, rank, len(row), 4, owes)
+
+
+def _check_collectives(program: Program) -> None:
+    """Law 3, second half: ranks that share stages enter the reductions and updates of those in one order."""
+    schedule = program.schedule
+    shared = [set(stages) for stages in schedule.placement.stages]
+    for rank in range(schedule.num_ranks):
+        for peer in range(rank + 1, schedule.num_ranks):
+            common = shared[rank] & shared[peer]
+            if common:
+                _check_pair(program, rank, peer, common)
+
+
+def _check_pair(program: Program, rank: int, peer: int, common: set[int]) -> None:
+    mine, theirs = (
+        [(i, a) for i, a in enumerate(program.rows[r]) if a.kind in (REDUCE, UPDATE) and a.stage in common]
+        for r in (rank, peer)
+    )
+    for (position, action), (_, other) in zip(mine, theirs, strict=False):
+        if action != other:
+            what = f"rank {peer} enters {other} here, so the two wait for each other"
+            raise _breach(program, rank, position, 3, what)
+
+
+def _check_order(program: Program) -> None:
+    """Laws 2 and 3: dependencies are met, and nothing waits for ever."""
+    try:
+        for _ in play(program):
+            pass
+    except Stuck as stuck:
+        rank, (position, _, (owner, missing)) = min(stuck.blocked.items(), key=lambda item: item[1][0])
+        later = missing in program.rows[owner]
+        what = f"it needs {missing}, which rank {owner} owes "
+        if not later:
+            raise _breach(program, rank, position, 2, what + "and never runs") from None
+        wait = stuck.blocked.get(owner)
+        why = f", but rank {owner} itself waits at {wait[1]} for {wait[2][1]} of rank {wait[2][0]}" if wait else ""
+        what += f"only at step {program.rows[owner].index(missing)}{why}"
+        raise _breach(program, rank, position, 3, what) from None
+
+
+def _check_bounds(program: Program) -> None:
+    """Laws 5 and 6: gap and in-flight count stay within what the schedule states; a flush knows no gap."""
+    schedule = program.schedule
+    found = versions(program)
+    for rank, row in enumerate(program.rows):
+        flying: Counter[tuple[int, int]] = Counter()
+        for position, action in enumerate(row):
+            stage, kind, index = action
+            lane = (stage, index % schedule.placement.directions)
+            if kind == FORWARD:
+                flying[lane] += 1
+                if flying[lane] > schedule.in_flight[stage]:
+                    count, most = flying[lane], schedule.in_flight[stage]
+                    what = f"{count} micro-batches in flight on stage {stage}, at most {most} are stated"
+                    raise _breach(program, rank, position, 5, what)
+            elif kind == BACKWARD:
+                flying[lane] -= 1
+                version = found[stage, index]
+                if version.gap > schedule.max_gap[stage]:
+                    what = f"the gap is {version.gap} updates, at most {schedule.max_gap[stage]} are stated"
+                    raise _breach(program, rank, position, 5, what)
+                if schedule.flush and version.staleness:
+                    what = f"it was forwarded {version.staleness} updates before its own"
+                    raise _breach(program, rank, position, 6, what)

@@ -1,0 +1,47 @@
+"""Which weights every forward and backward sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from .action import BACKWARD, FORWARD, UPDATE
+from .program import Program
+
+
+class Version(NamedTuple):
+    """The weights that one micro-batch met on one stage, counted in updates.
+
+    ``applied`` is the version to which its gradient is applied.
+    """
+
+    forward: int
+    backward: int
+    applied: int
+
+    @property
+    def gap(self) -> int:
+        """(version at backward) - (version at forward)."""
+        return self.backward - self.forward
+
+    @property
+    def staleness(self) -> int:
+        """(version to which the gradient is applied) - (version at forward)."""
+        return self.applied - self.forward
+
+
+def versions(program: Program) -> Mapping[tuple[int, int], Version]:
+    """The :class:`Version` of every (stage, micro-batch) that ``program`` forwards and backwards."""
+    found: dict[tuple[int, int], Version] = {}
+    size = program.schedule.micro_batches
+    for row in program.rows:
+        updates: dict[int, int] = {}
+        at_forward: dict[tuple[int, int], int] = {}
+        for stage, kind, index in row:
+            if kind == UPDATE:
+                updates[stage] = updates.get(stage, 0) + 1
+            elif kind == FORWARD:
+                at_forward[stage, index] = updates.get(stage, 0)
+            elif kind == BACKWARD and (stage, index) in at_forward:
+                found[stage, index] = Version(at_forward[stage, index], updates.get(stage, 0), index // size)
+    return found

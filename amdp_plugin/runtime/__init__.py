@@ -1,0 +1,1 @@
+"""How a program is carried out: torch, and no host framework."""

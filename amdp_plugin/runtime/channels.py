@@ -1,0 +1,263 @@
+"""Ordered messages between stages: receives posted ahead in the sender's order, sends that never block."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan.action import BACKWARD, FORWARD, Action
+from .transport import (
+    ACTIVATION_TAG,
+    GRADIENT_TAG,
+    HEADER_TAG,
+    REPORT_TAG,
+    SIGNATURE_TAG,
+    Incoming,
+    Transport,
+)
+from .watch import Waitable, Watch
+
+Tensors = tuple[Tensor, ...]
+_Sent = tuple[Waitable, Tensor, Action | None]
+
+LOOK_AHEAD = 2
+"""Receives that stand posted per sender: one that is on its way while the next is waited for."""
+
+_DTYPES = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
+)  # fmt: skip
+_SIGNATURE_LENGTH = 256
+
+
+class Signature(NamedTuple):
+    """Shapes and dtypes of the tensors of one message."""
+
+    specs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> Signature:
+        return cls(tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
+
+    def gradients(self) -> Signature:
+        """What comes back for them: one gradient for every floating-point tensor."""
+        return Signature(tuple(spec for spec in self.specs if spec[1].is_floating_point))
+
+    def encode(self) -> Tensor:
+        """As int64 [256]: count, then dtype, dimensions and sizes of each."""
+        values = [len(self.specs)]
+        for shape, dtype in self.specs:
+            values += [_DTYPES.index(dtype), len(shape), *shape]
+        if len(values) > _SIGNATURE_LENGTH:
+            raise ValueError(f"a stage sends {len(self.specs)} tensors, too many to describe in {_SIGNATURE_LENGTH} numbers")
+        return torch.tensor(values + [0] * (_SIGNATURE_LENGTH - len(values)), dtype=torch.int64)
+
+    @classmethod
+    def decode(cls, encoded: Tensor) -> Signature:
+        values = iter(encoded.tolist())
+        specs = []
+        for _ in range(next(values)):
+            dtype, dimensions = _DTYPES[next(values)], next(values)
+            specs.append((tuple(next(values) for _ in range(dimensions)), dtype))
+        return cls(tuple(specs))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in self.specs)
+
+
+class BufferPool:
+    """Receive buffers, used again as soon as nothing but the pool refers to their memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: dict[tuple[tuple[int, ...], torch.dtype], list[tuple[Tensor, int]]] = {}
+
+    def get(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A buffer of that shape and dtype, with whatever was in it."""
+        pool = self._free.setdefault((shape, dtype), [])
+        for buffer, idle in pool:
+            if _uses(buffer) == idle:
+                return buffer.detach()
+        buffer = torch.empty(shape, dtype=dtype, device=self._device)
+        pool.append((buffer, _uses(buffer)))
+        return buffer.detach()
+
+    def clear(self) -> None:
+        """Let go of all buffers (when shapes change)."""
+        self._free.clear()
+
+
+def _uses(tensor: Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+class _Inbox:
+    """Messages of one sender: expected in its order, posted ahead, kept until they are asked for."""
+
+    def __init__(self) -> None:
+        self.expected: deque[Action] = deque()
+        self.posted: deque[tuple[Action, list[Incoming]]] = deque()
+        self.arrived: dict[Action, Tensors] = {}
+
+
+class Channels:
+    """All messages of one rank of a pipeline.
+
+    A message is named by the action that needs it: ``2F5`` is the activation that the forward of
+    micro-batch 5 on stage 2 takes, ``2B5`` the gradient that its backward takes.
+
+    Args:
+        transport: the raw messages.
+        watch: bounds and records the waits.
+        keep_sent: messages to one receiver after which the oldest has certainly been received.
+        dynamic_shapes: whether every activation may have other shapes than the one before.
+    """
+
+    def __init__(self, transport: Transport, watch: Watch, keep_sent: int, dynamic_shapes: bool = False) -> None:
+        self._transport, self._watch = transport, watch
+        self._keep_sent, self._dynamic = keep_sent, dynamic_shapes
+        self._pool = BufferPool(transport.device)
+        self._inboxes: dict[int, _Inbox] = {}
+        self._outboxes: dict[tuple[int, int], deque[_Sent]] = {}
+        self._sent_signatures: dict[tuple[int, int], Signature] = {}
+        self._received_signatures: dict[tuple[int, int], Signature] = {}
+        self._returning: dict[Action, Signature] = {}
+
+    # Tensors
+
+    def send(self, receiver: int, action: Action, tensors: Tensors, returns: Action | None = None) -> None:
+        """Start to send what ``action`` on rank ``receiver`` takes; the gradient comes back for ``returns``.
+
+        Raises:
+            ValueError: when shapes or dtypes differ from those agreed on and dynamic shapes were not asked for.
+        """
+        tag = ACTIVATION_TAG if action.kind == FORWARD else GRADIENT_TAG
+        if action.kind == FORWARD:
+            signature = Signature.of(tensors)
+            self._agree(receiver, action, signature)
+            if returns is not None:
+                self._returning[returns] = signature.gradients()
+        for tensor in tensors:
+            self._keep(receiver, tag, action, *self._transport.send(tensor, receiver, tag))
+
+    def expect(self, sender: int, actions: Iterable[Action]) -> None:
+        """The messages that ``sender`` sends next to this rank, in its order."""
+        inbox = self._inboxes.setdefault(sender, _Inbox())
+        inbox.expected.extend(actions)
+        self._post_ahead(sender, inbox)
+
+    def receive(self, sender: int, action: Action) -> Tensors:
+        """The message for ``action``; waits for it, and no longer than the watch allows."""
+        inbox = self._inboxes[sender]
+        while action not in inbox.arrived:
+            self._receive_next(sender, inbox)
+        self._post_ahead(sender, inbox)
+        return inbox.arrived.pop(action)
+
+    def drain(self) -> None:
+        """Receive and drop all messages that were expected, and see this rank's own received."""
+        for sender, inbox in self._inboxes.items():
+            while inbox.expected or inbox.posted:
+                self._receive_next(sender, inbox)
+            inbox.arrived.clear()
+        self._returning.clear()
+        for (receiver, _), outbox in self._outboxes.items():
+            while outbox:
+                self._reap(receiver, outbox)
+
+    def forget_shapes(self) -> None:
+        """Agree on shapes anew with the next activations. Nothing may be under way."""
+        self._sent_signatures.clear()
+        self._received_signatures.clear()
+        self._pool.clear()
+
+    # Control messages: small, on the CPU, in an order of their own
+
+    def send_header(self, receiver: int, window_exists: bool) -> None:
+        """Tell the next stage whether there is data for the window that begins."""
+        values = torch.tensor([int(window_exists)])
+        self._keep(receiver, HEADER_TAG, None, *self._transport.send_control(values, receiver, HEADER_TAG))
+
+    def receive_header(self, sender: int) -> bool:
+        """Whether there is data for the window that begins, as the stage before says."""
+        return bool(self._receive_control(torch.zeros(1, dtype=torch.int64), sender, HEADER_TAG, "header").item())
+
+    def send_report(self, receiver: int, values: Tensor) -> None:
+        """Send a small report, float64 [k] on the CPU, for example the losses of a window."""
+        self._keep(receiver, REPORT_TAG, None, *self._transport.send_control(values, receiver, REPORT_TAG))
+
+    def receive_report(self, sender: int, length: int) -> Tensor:
+        """The next report of ``sender``, float64 [length]."""
+        return self._receive_control(torch.zeros(length, dtype=torch.float64), sender, REPORT_TAG, "report")
+
+    # How
+
+    def _receive_control(self, target: Tensor, sender: int, tag: int, what: str) -> Tensor:
+        with self._watch.guard(f"receiving a {what}", None, sender):
+            work = self._transport.receive_control(target, sender, tag)
+        self._watch.wait(work, f"receiving a {what}", None, sender)
+        return target
+
+    def _keep(self, receiver: int, tag: int, action: Action | None, work: Waitable, tensor: Tensor) -> None:
+        """Hold on to what is being sent; a gloo send never says that it is done, so the program tells when."""
+        outbox = self._outboxes.setdefault((receiver, tag), deque())
+        outbox.append((work, tensor, action))
+        if len(outbox) > self._keep_sent:
+            self._reap(receiver, outbox)
+
+    def _reap(self, receiver: int, outbox: deque[_Sent]) -> None:
+        work, _, action = outbox.popleft()
+        self._watch.wait(work, "sending", action, receiver)
+
+    def _agree(self, receiver: int, action: Action, signature: Signature) -> None:
+        agreed = self._sent_signatures.get((receiver, action.stage))
+        if agreed == signature and not self._dynamic:
+            return
+        if agreed is not None and not self._dynamic:
+            raise ValueError(
+                f"the activation for {action} is ({signature}), the ones before were ({agreed}): build the "
+                "PipelineModule with dynamic_shape=True, or call reset_activation_shape() between two batches"
+            )
+        self._sent_signatures[receiver, action.stage] = signature
+        encoded = signature.encode()
+        self._keep(receiver, SIGNATURE_TAG, action, *self._transport.send_control(encoded, receiver, SIGNATURE_TAG))
+
+    def _post_ahead(self, sender: int, inbox: _Inbox) -> None:
+        while inbox.expected and len(inbox.posted) < LOOK_AHEAD:
+            signature = self._known_signature(sender, inbox.expected[0])
+            if signature is None:
+                return
+            self._post(sender, inbox, signature)
+
+    def _known_signature(self, sender: int, action: Action) -> Signature | None:
+        if action.kind == BACKWARD:
+            return self._returning.get(action)
+        return None if self._dynamic else self._received_signatures.get((sender, action.stage))
+
+    def _post(self, sender: int, inbox: _Inbox, signature: Signature) -> None:
+        action = inbox.expected.popleft()
+        self._returning.pop(action, None)
+        tag = ACTIVATION_TAG if action.kind == FORWARD else GRADIENT_TAG
+        with self._watch.guard("receiving", action, sender):
+            incoming = [
+                self._transport.receive(self._pool.get(shape, dtype), sender, tag) for shape, dtype in signature.specs
+            ]
+        inbox.posted.append((action, incoming))
+
+    def _receive_next(self, sender: int, inbox: _Inbox) -> None:
+        if not inbox.posted:
+            action = inbox.expected[0]
+            signature = self._known_signature(sender, action)
+            if signature is None:
+                encoded = torch.zeros(_SIGNATURE_LENGTH, dtype=torch.int64)
+                signature = Signature.decode(self._receive_control(encoded, sender, SIGNATURE_TAG, "signature"))
+                self._received_signatures[sender, action.stage] = signature
+            self._post(sender, inbox, signature)
+        action, incoming = inbox.posted.popleft()
+        for message in incoming:
+            self._watch.wait(message.work, "receiving", action, sender)
+        inbox.arrived[action] = tuple(message.finish() for message in incoming)

@@ -1,0 +1,227 @@
+"""Runs one rank's program, window after window, against a small worker interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ..plan.action import BACKWARD, FORWARD, REDUCE, Action
+from ..plan.scheduler import Scheduler
+from .channels import Channels, Tensors
+from .timeline import Timeline
+from .watch import Watch
+
+
+class Worker(Protocol):
+    """What a rank can do; the executor says when. Micro-batches and windows are numbered from the job's start."""
+
+    def has_window(self, window: int) -> bool:
+        """On a first stage: whether there is data for the whole window."""
+
+    def forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
+        """Forward one micro-batch; ``inputs`` is ``None`` on the first stage, the result on the last."""
+
+    def backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
+        """Accumulate the gradients of one micro-batch. Takes those of the forward's floating-point outputs
+        (``None`` on the last stage), returns those of its floating-point inputs (``None`` on the first)."""
+
+    def reduce(self, action: Action) -> None:
+        """Reduce the window's gradients of a stage to their owner."""
+
+    def update(self, action: Action) -> None:
+        """Apply the window's mean gradient to the stage, under the graphs that are alive."""
+
+    def end_of_backwards(self, window: int) -> None:
+        """The last stage has sent its last gradient of ``window`` and not yet updated: time to report the loss."""
+
+    def snapshot(self) -> Any:
+        """Whatever a forward changes besides its output: random state, buffers, counters."""
+
+    def cancel(self, micro_batches: Sequence[tuple[int, int]], snapshot: Any) -> None:
+        """Forget the forwards of these (stage, micro-batch) and return to ``snapshot`` (if there were any)."""
+
+
+class Executor:
+    """One rank's side of a schedule.
+
+    Args:
+        scheduler: the program, the same on every rank.
+        rank: this rank in the pipeline.
+        worker: what computes.
+        channels: messages; ``None`` in a pipeline of one rank.
+        watch: what is being done and waited for.
+    """
+
+    def __init__(self, scheduler: Scheduler, rank: int, worker: Worker, channels: Channels | None, watch: Watch) -> None:
+        self.scheduler, self.schedule, self.rank = scheduler, scheduler.schedule, rank
+        self._worker, self._channels, self._watch = worker, channels, watch
+        self.versions = dict.fromkeys(self.schedule.placement.stages[rank], 0)
+        """Updates that each stage on this rank has had since the job's start."""
+        self.largest_gap = 0
+        """The largest (version at backward) - (version at forward) that was measured."""
+        self.peak_in_flight = 0
+        """The most micro-batches that were forwarded and not yet backwarded on this rank."""
+        self.restart(0)
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._watch.timeline
+
+    def restart(self, window: int) -> None:
+        """Let the program begin anew, with an empty pipeline, at ``window``; nothing may be in flight."""
+        self.window = self._base = window
+        self.versions = dict.fromkeys(self.versions, window)
+        self._in_flight: dict[tuple[int, int], int] = {}
+        self._snapshots: dict[int, Any] = {}
+        self._exists: dict[tuple[int, int], bool] = {}
+        self._headers: list[tuple[int, int]] = []
+
+    def run_window(self) -> None:
+        """Execute one window. Raises ``StopIteration``, with nothing lost, when there is no data for it."""
+        for action in self.open_window():
+            self.execute(action)
+        self.close_window()
+
+    def open_window(self) -> Sequence[Action]:
+        """This rank's actions of the next window.
+
+        Raises:
+            StopIteration: when the data ends before the window does. All ranks raise it at the same window;
+                what was forwarded ahead is cancelled, and its data is kept for when there is more.
+        """
+        exist = [self._window_exists(self.window, direction) for direction in range(len(self.schedule.placement.ranks))]
+        if not all(exist):
+            self.quiesce()
+            size = self.schedule.micro_batches
+            raise StopIteration(f"the data ends before the {size} micro-batches of window {self.window}")
+        self._expect_messages()
+        return self._row(self.rank)
+
+    def execute(self, action: Action) -> None:
+        """Do one action: receive what it needs, compute, send what others need."""
+        if action.kind == FORWARD:
+            self._forward(action)
+        elif action.kind == BACKWARD:
+            self._backward(action)
+        else:
+            with self.timeline.span(str(action)), self._watch.guard("a collective", action):
+                self._worker.reduce(action) if action.kind == REDUCE else self._update(action)
+        self._watch.last_done = action
+
+    def close_window(self) -> None:
+        """All actions of the window that :meth:`open_window` began are done."""
+        self.window += 1
+        self._snapshots = {window: state for window, state in self._snapshots.items() if window >= self.window}
+        self._exists = {key: exists for key, exists in self._exists.items() if key[0] >= self.window}
+
+    def quiesce(self) -> None:
+        """Cancel what is in flight, between two windows.
+
+        Afterwards every stage is at the same version and the next window fills the pipeline anew. No
+        micro-batch is lost, and random state and buffers are as if no cancelled forward had run. All
+        ranks of the pipeline must call it between the same two windows.
+        """
+        for window, direction in list(self._headers):
+            self._window_exists(window, direction)
+        if self._channels is not None:
+            self._channels.drain()
+        self._worker.cancel(list(self._in_flight), self._snapshots.get(self.window))
+        self.restart(self.window)
+
+    def _row(self, rank: int) -> list[Action]:
+        row = self.scheduler.window(self.window - self._base)[rank]
+        return [action.shifted(self._base, self.schedule.micro_batches) for action in row]
+
+    def _expect_messages(self) -> None:
+        """Announce what the other ranks send here in this window, each in its own order."""
+        if self._channels is None:
+            return
+        for sender in range(self.schedule.num_ranks):
+            messages = (self.schedule.message(sender, action) for action in self._row(sender)) if sender != self.rank else ()
+            needed = [message[1] for message in messages if message is not None and message[0] == self.rank]
+            headers = [self._window_and_direction(action) for action in needed if self._opens_window(action)]
+            self._headers += [key for key in headers if key not in self._exists]
+            self._channels.expect(sender, needed)
+
+    def _window_and_direction(self, action: Action) -> tuple[int, int]:
+        return action.window(self.schedule.micro_batches), action.index % self.schedule.placement.directions
+
+    def _opens_window(self, action: Action) -> bool:
+        """Whether it is the first forward of its window in its direction."""
+        rest = action.index % self.schedule.micro_batches
+        return action.kind == FORWARD and rest < self.schedule.placement.directions
+
+    def _window_exists(self, window: int, direction: int) -> bool:
+        """Whether there is data for ``window``: the first stage knows, and tells down the pipeline."""
+        key = (window, direction)
+        if key in self._exists:
+            return self._exists[key]
+        ranks = self.schedule.placement.ranks[direction]
+        if self.rank not in ranks:
+            return True
+        stage = ranks.index(self.rank)
+        if stage == 0:
+            exists = self._worker.has_window(window)
+        else:
+            assert self._channels is not None
+            exists = self._channels.receive_header(ranks[stage - 1])
+        if stage < len(ranks) - 1:
+            assert self._channels is not None
+            self._channels.send_header(ranks[stage + 1], exists)
+        elif stage > 0 and exists and not self._worker.has_window(window):
+            raise RuntimeError(
+                f"the first stage has data for window {window}, the data of the last stage ends before it: give "
+                "train_batch() on both the same micro-batches"
+            )
+        if key in self._headers:
+            self._headers.remove(key)
+        self._exists[key] = exists
+        return exists
+
+    def _forward(self, action: Action) -> None:
+        stage, _, micro_batch = action
+        window, direction = self._window_and_direction(action)
+        if self._opens_window(action):
+            self._window_exists(window, direction)
+        inputs = self._receive(stage - 1, action) if stage > 0 else None
+        self._take_snapshot(window)
+        with self.timeline.span(str(action)):
+            outputs = self._worker.forward(action, inputs)
+        self._in_flight[stage, micro_batch] = self.versions[stage]
+        self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
+        if stage < self.schedule.num_stages - 1:
+            self._send(action, outputs, returns=Action(stage, BACKWARD, micro_batch))
+
+    def _backward(self, action: Action) -> None:
+        stage, _, micro_batch = action
+        last = self.schedule.num_stages - 1
+        gradients = self._receive(stage + 1, action) if stage < last else None
+        with self.timeline.span(str(action)):
+            input_gradients = self._worker.backward(action, gradients)
+        gap = self.versions[stage] - self._in_flight.pop((stage, micro_batch))
+        self.largest_gap = max(self.largest_gap, gap)
+        if stage > 0:
+            self._send(action, input_gradients)
+        if stage == last and (micro_batch + 1) % self.schedule.micro_batches == 0:
+            self._worker.end_of_backwards(action.window(self.schedule.micro_batches))
+
+    def _update(self, action: Action) -> None:
+        self._worker.update(action)
+        self.versions[action.stage] += 1
+
+    def _take_snapshot(self, window: int) -> None:
+        """Before the first forward for a window that has not begun: what :meth:`quiesce` would return to."""
+        missing = [later for later in range(self.window + 1, window + 1) if later not in self._snapshots]
+        if missing:
+            state = self._worker.snapshot()
+            self._snapshots.update((later, state) for later in missing)
+
+    def _receive(self, stage: int, action: Action) -> Tensors:
+        """What ``stage``, the neighbour, computed for ``action``."""
+        assert self._channels is not None
+        return self._channels.receive(self.schedule.placement.rank_of(stage, action.index), action)
+
+    def _send(self, action: Action, tensors: Tensors | None, returns: Action | None = None) -> None:
+        message = self.schedule.message(self.rank, action)
+        assert message is not None and tensors is not None and self._channels is not None
+        self._channels.send(*message, tensors, returns)

@@ -1,0 +1,48 @@
+"""Micro-batches by number, from an iterator that may end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Feed:
+    """Pulls micro-batches one after the other and keeps each until its backward is done.
+
+    A forward that is cancelled therefore finds its data again, and a window that cannot be completed
+    keeps what it has for when there is more.
+
+    Args:
+        pull: returns the next micro-batch; raises ``StopIteration`` at the end, and may go on later.
+    """
+
+    def __init__(self, pull: Callable[[], Any]) -> None:
+        self._pull = pull
+        self._kept: dict[int, Any] = {}
+        self._next = 0
+        self._latest: Any = None
+
+    def has(self, micro_batch: int) -> bool:
+        """Whether ``micro_batch`` exists; pulls as far as that."""
+        while self._next <= micro_batch:
+            try:
+                self._latest = self._pull()
+            except StopIteration:
+                return False
+            self._kept[self._next] = self._latest
+            self._next += 1
+        return True
+
+    def take(self, micro_batch: int) -> Any:
+        """The micro-batch; beyond the end of the data the latest one again, as padding for a forward that
+        will be cancelled (the pipeline runs on until all ranks know of the end)."""
+        return self._kept[micro_batch] if self.has(micro_batch) else self._latest
+
+    def release(self, micro_batch: int) -> None:
+        """Its backward is done."""
+        self._kept.pop(micro_batch, None)
+
+    def restart(self, micro_batch: int) -> None:
+        """Let go of everything; the next micro-batch pulled is number ``micro_batch``."""
+        self._kept.clear()
+        self._next = micro_batch

@@ -1,0 +1,23 @@
+"""Weights that change while graphs of earlier forwards are alive.
+
+The delayed backward shall use the new weights for the input gradient (DESIGN.md, section 3: "latest").
+Autograd refuses tensors that changed in place since they were saved; keeping their version counters
+still, for just the optimizer step, lets it use their present values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def live_update(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """A context for one optimizer step, in place, on parameters that live graphs have saved.
+
+    Every backward of a graph built before it then uses the updated values. The context remembers the
+    version counters it was made with: make a new one for every step.
+    """
+    return torch.autograd._unsafe_preserve_version_counter(tuple(parameters))

@@ -1,0 +1,33 @@
+"""Packaging of amdp_plugin. The planner installs alone; the host framework comes with an extra."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """The version as written in the package, read as text: importing it here would need its dependencies."""
+    source = (ROOT / "amdp_plugin" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('amdp_plugin/__init__.py must hold a line like: __version__ = "0.1.0"')
+    return match.group(1)
+
+
+# Third parties add schedules under the entry-point group "amdp_plugin.schedules"; this package only reads it.
+setup(
+    name="amdp_plugin",
+    version=read_version(),
+    description="Asynchronous pipeline-parallel schedules for DeepSpeed and Megatron",
+    packages=find_packages(include=["amdp_plugin", "amdp_plugin.*"]),
+    python_requires=">=3.10",
+    install_requires=["pydantic>=2", "typer", "matplotlib"],
+    extras_require={
+        "deepspeed": ["torch", "deepspeed>=0.19.8"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["amdp = amdp_plugin.cli:main"]},
+)

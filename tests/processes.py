@@ -1,0 +1,80 @@
+"""Ranks as real processes, forked from a parent that has imported everything once.
+
+Importing torch and the host takes seconds a process; a fork takes milliseconds. The parent must stay
+single-threaded: it runs no parallel operator, and every rank uses one thread.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+
+
+def run_ranks(world: int, target: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    """Run ``target(rank, *arguments)`` on ``world`` ranks with a gloo group; return their results.
+
+    Raises:
+        AssertionError: with the traceback of every rank that failed, or the ranks that did not end.
+    """
+    results = outcomes(world, target, *arguments, timeout=timeout)
+    failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(results) if not ok]
+    assert not failures, "\n".join(failures)
+    return [value for _, value in results]
+
+
+def outcomes(world: int, target: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[tuple[bool, Any]]:
+    """As :func:`run_ranks`, but failures are results: (True, value), or (False, traceback) of every rank."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    with tempfile.TemporaryDirectory() as directory:
+        rendezvous = Path(directory) / "rendezvous"
+        processes = [
+            context.Process(target=_rank, args=(rank, world, rendezvous, answers, target, arguments), daemon=True)
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        found: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + timeout
+        while len(found) < world and time.monotonic() < end:
+            try:
+                rank, ok, value = answers.get(timeout=0.2)
+                found.setdefault(rank, (ok, value))
+            except queue.Empty:
+                dead = {r for r, process in enumerate(processes) if process.exitcode not in (None, 0)}
+                for rank in dead - found.keys():
+                    found[rank] = (False, f"the process ended with exit code {processes[rank].exitcode}")
+        for process in processes:
+            process.join(timeout=5.0)
+            process.kill()
+        return [found.get(rank, (False, f"rank {rank} did not end within {timeout} s")) for rank in range(world)]
+
+
+def _rank(rank: int, world: int, rendezvous: Path, answers: Any, target: Callable[..., Any], arguments: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        )
+        answers.put((rank, True, target(rank, *arguments)))
+        dist.barrier()  # a rank that leaves closes connections that others may still look at
+        dist.destroy_process_group()
+    except BaseException:
+        answers.put((rank, False, traceback.format_exc()))  # the first answer of a rank counts
+    finally:
+        answers.close()
+        answers.join_thread()
+        os._exit(0)
