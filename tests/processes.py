@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -52,7 +53,7 @@ def outcomes(world: int, target: Callable[..., Any], *arguments: Any, timeout: f
         while len(found) < world and time.monotonic() < end:
             try:
                 rank, ok, value = answers.get(timeout=0.2)
-                found.setdefault(rank, (ok, value))
+                found.setdefault(rank, (ok, pickle.loads(value) if ok else value))
             except queue.Empty:
                 dead = {r for r, process in enumerate(processes) if process.exitcode not in (None, 0)}
                 for rank in dead - found.keys():
@@ -69,7 +70,7 @@ def _rank(rank: int, world: int, rendezvous: Path, answers: Any, target: Callabl
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
-        answers.put((rank, True, target(rank, *arguments)))
+        answers.put((rank, True, pickle.dumps(target(rank, *arguments))))  # bytes: tensors would be shared memory
         dist.barrier()  # a rank that leaves closes connections that others may still look at
         dist.destroy_process_group()
     except BaseException:

@@ -74,6 +74,11 @@ class Schedule:
             raise ValueError(f"{self.name}: every stage must admit at least one micro-batch, got {self.in_flight}")
         if self.flush and self.update_delay:
             raise ValueError(f"{self.name}: an update cannot stand later than a flush that waits for it")
+        if self.reduces and self.update_delay > self.micro_batches // directions:
+            raise ValueError(
+                f"{self.name}: where ranks share stages an update stands at most one window late, so update_delay "
+                f"is at most {self.micro_batches // directions}, got {self.update_delay}"
+            )
 
     @property
     def num_stages(self) -> int:
@@ -97,6 +102,10 @@ class Schedule:
         """Backwards of ``stage`` that ``rank`` runs in one window."""
         directions = sum(row[stage] == rank for row in self.placement.ranks)
         return directions * self.micro_batches // self.placement.directions
+
+    def windows_late(self, rank: int, stage: int) -> int:
+        """Windows that ``rank`` closes, at most, between the last backward of a window on ``stage`` and its update."""
+        return -(-self.update_delay // self.backwards_per_window(rank, stage))
 
     def owner(self, action: Action) -> int | None:
         """The rank of a forward or backward; ``None`` for R and U, which every holder of the stage runs."""

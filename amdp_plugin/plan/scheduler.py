@@ -17,13 +17,15 @@ from .program import Program, Row
 from .schedule import Schedule
 
 Window = tuple[Row, ...]
+Message = tuple[int, int]
 
 
 class Scheduler:
     """Yields the windows of ``schedule`` under ``costs`` (equal stages, backward = 2 forwards, by default).
 
     ``window(k)[rank]`` is what that rank executes from the end of its window ``k - 1`` to the end of its
-    window ``k``: its last backward of the window and, where updates are local, the update that follows.
+    window ``k``: its last backward of the window and the updates that are due by then. What a rank does in
+    window ``k`` needs nothing that another does in a later window, so a run may end with any window.
 
     Raises:
         ValueError: when ``costs`` are of another number of stages.
@@ -86,6 +88,7 @@ class _Holding:
         self.rank, self.stage = rank, stage
         self.per_window = schedule.backwards_per_window(rank, stage)
         self.delay = schedule.update_delay
+        self.late = schedule.windows_late(rank, stage)
         self.backwards = self.updates = 0
 
     @property
@@ -104,18 +107,21 @@ class _Holding:
 
 
 class _Lane:
-    """One direction's stage on its rank: its micro-batches so far, and when messages arrive (nanoseconds)."""
+    """One direction's stage on its rank: its micro-batches so far, and the messages that wait or are under way.
+
+    A message is (nanosecond of its arrival, window in which its sender sent it).
+    """
 
     def __init__(self, direction: int, holding: _Holding) -> None:
         self.direction, self.holding = direction, holding
         self.forwards = self.backwards = 0
-        self.forward_arrivals: deque[int] = deque()
-        self.backward_arrivals: deque[int] = deque()
+        self.forward_arrivals: deque[Message] = deque()
+        self.backward_arrivals: deque[Message] = deque()
 
-    def state(self, done: int, now: int) -> tuple[object, ...]:
+    def state(self, window: int, done: int, now: int) -> tuple[object, ...]:
         waiting = (self.forward_arrivals, self.backward_arrivals)
-        arrivals = (tuple(max(0, time - now) for time in times) for times in waiting)
-        return self.forwards - done, self.backwards - done, *arrivals
+        messages = (tuple((max(0, time - now), sent - window) for time, sent in arrivals) for arrivals in waiting)
+        return self.forwards - done, self.backwards - done, *messages
 
 
 class _Simulation:
@@ -172,7 +178,8 @@ class _Simulation:
         return (
             self.last_rank,
             tuple(max(0, time - now) for time in self.free_at),
-            tuple(lane.state(done, now) for row in self.lanes for lane in row),
+            tuple(closed - window for closed in self.closed),
+            tuple(lane.state(window, done, now) for row in self.lanes for lane in row),
             tuple(holding.state(window) for holdings in self.holdings for holding in holdings.values()),
             tuple(tuple(action.shifted(-window, micro_batches) for action in row) for row in self.rows),
             tuple(tuple(action.shifted(-window, micro_batches) for action in queue) for queue in self.queues),
@@ -188,20 +195,27 @@ class _Simulation:
 
     def _choose(self, rank: int) -> Action | None:
         """What ``rank`` starts now: an update or reduction that is due, else what the schedule prefers."""
-        queue = self.queues[rank]
-        if queue and (rank, queue[0]) in self.opened and self.opened[rank, queue[0]] <= self.now:
-            return queue[0]
+        due = min(self.queues[rank], key=lambda action: action.index, default=None)
+        if due is not None and self._may_enter(rank, due):
+            return due
         ready = [action for lane in self.lanes_of[rank] for action in self._ready(lane)]
         return min(ready, key=self.schedule.priority) if len(ready) > 1 else (ready[0] if ready else None)
 
+    def _may_enter(self, rank: int, action: Action) -> bool:
+        """Whether ``rank`` may start a reduction or update: in the window that it belongs to, once it is open."""
+        window = action.index + self.holdings[rank][action.stage].late
+        return self.closed[rank] >= window and self.opened.get((rank, action), self.now + 1) <= self.now
+
+    def _has_arrived(self, lane: _Lane, messages: deque[Message]) -> bool:
+        """Whether ``lane`` may use its next message: not before the window in which it was sent."""
+        return bool(messages) and messages[0][0] <= self.now and messages[0][1] <= self.closed[lane.holding.rank]
+
     def _ready(self, lane: _Lane) -> list[Action]:
         stage, directions, ready = lane.holding.stage, self.schedule.placement.directions, []
-        arrivals = lane.backward_arrivals
-        if arrivals and arrivals[0] <= self.now and lane.holding.may_backward:
+        if self._has_arrived(lane, lane.backward_arrivals) and lane.holding.may_backward:
             ready.append(Action(stage, BACKWARD, lane.direction + directions * lane.backwards))
         if lane.forwards - lane.backwards < self.schedule.in_flight[stage]:
-            arrivals = lane.forward_arrivals
-            if stage == 0 or (arrivals and arrivals[0] <= self.now):
+            if stage == 0 or self._has_arrived(lane, lane.forward_arrivals):
                 micro_batch = lane.direction + directions * lane.forwards
                 if not self.schedule.flush or micro_batch // self.schedule.micro_batches <= lane.holding.updates:
                     ready.append(Action(stage, FORWARD, micro_batch))
@@ -217,7 +231,7 @@ class _Simulation:
         elif action.kind == BACKWARD:
             self._backward(rank, action, finish)
         else:
-            self.queues[rank].popleft()
+            self.queues[rank].remove(action)
             del self.opened[rank, action]
             if action.kind == REDUCE:
                 self._reduce(rank, action, finish)
@@ -235,9 +249,9 @@ class _Simulation:
             lane.forward_arrivals.popleft()
         if action.stage < self.schedule.num_stages - 1:
             below = self._lane(action.stage + 1, action.index)
-            below.forward_arrivals.append(self._arrival(rank, below.holding.rank, finish))
+            self._send(rank, below, below.forward_arrivals, finish)
         else:
-            lane.backward_arrivals.append(finish)
+            self._send(rank, lane, lane.backward_arrivals, finish)
 
     def _backward(self, rank: int, action: Action, finish: int) -> None:
         lane = self._lane(action.stage, action.index)
@@ -245,7 +259,7 @@ class _Simulation:
         lane.backward_arrivals.popleft()
         if action.stage > 0:
             above = self._lane(action.stage - 1, action.index)
-            above.backward_arrivals.append(self._arrival(rank, above.holding.rank, finish))
+            self._send(rank, above, above.backward_arrivals, finish)
         lane.holding.backwards += 1
         window = lane.holding.due
         if window is not None:
@@ -266,8 +280,8 @@ class _Simulation:
     def _arrive(self, action: Action, time: int) -> None:
         """Note that one more holder of the stage has done, at ``time``, what ``action`` waits for.
 
-        With the last of them the action joins the queues of all holders. They enter their queues' actions
-        in turn, so that any two of them meet in the same collectives in the same order (law 3).
+        With the last of them the action joins the queues of all holders. They take from their queues window by
+        window, in the order of joining, so that any two meet in the same collectives in one order (law 3).
         """
         holders = self.schedule.placement.holders[action.stage]
         times = self.arrived.setdefault(action, [])
@@ -284,6 +298,9 @@ class _Simulation:
         self.opened[rank, action] = time
         heapq.heappush(self.events, (time, rank))
 
+    def _send(self, sender: int, lane: _Lane, messages: deque[Message], finish: int) -> None:
+        messages.append((self._arrival(sender, lane.holding.rank, finish), self.closed[sender]))
+
     def _arrival(self, sender: int, receiver: int, finish: int) -> int:
         if sender == receiver:
             return finish
@@ -291,12 +308,11 @@ class _Simulation:
         return finish + self.link
 
     def _close(self, rank: int) -> None:
-        """Note the end of the rank's window: its last backward, and its update where that is local."""
+        """Note the end of the rank's window: its last backward, and the updates due by then."""
         window, holdings = self.closed[rank] + 1, self.holdings[rank].values()
         if any(holding.backwards < window * holding.per_window for holding in holdings):
             return
-        local = not self.schedule.reduces and not self.schedule.update_delay
-        if local and any(holding.updates < window for holding in holdings):
+        if any(holding.updates < window - holding.late for holding in holdings):
             return
         self.closed[rank] = window
         self.window_ends[rank].append(len(self.rows[rank]))

@@ -97,11 +97,10 @@ def _check_updates(program: Program) -> None:
                     what = f"only {count} of {per_window} backwards of window {index} are in it"
                     raise _breach(program, rank, position, 4, what)
                 updates[stage] += 1
-        if not schedule.reduces and not schedule.update_delay:
-            for stage in schedule.placement.stages[rank]:
-                if updates[stage] < program.windows:
-                    owes = f"rank {rank} owes {Action(stage, UPDATE, updates[stage])} and never runs it"
-                    raise _breach(program, rank, len(row), 4, owes)
+        for stage in schedule.placement.stages[rank]:
+            if updates[stage] < program.windows - schedule.windows_late(rank, stage):
+                owes = f"rank {rank} owes {Action(stage, UPDATE, updates[stage])} and never runs it"
+                raise _breach(program, rank, len(row), 4, owes)
 
 
 def _check_collectives(program: Program) -> None:

@@ -121,9 +121,9 @@ class Executor:
         micro-batch is lost, and random state and buffers are as if no cancelled forward had run. All
         ranks of the pipeline must call it between the same two windows.
         """
-        for window, direction in list(self._headers):
-            self._window_exists(window, direction)
         if self._channels is not None:
+            for _, direction in self._headers:
+                self._channels.receive_header(self._rank_before(direction))
             self._channels.drain()
         self._worker.cancel(list(self._in_flight), self._snapshots.get(self.window))
         self.restart(self.window)
@@ -164,7 +164,7 @@ class Executor:
             exists = self._worker.has_window(window)
         else:
             assert self._channels is not None
-            exists = self._channels.receive_header(ranks[stage - 1])
+            exists = self._channels.receive_header(self._rank_before(direction))
         if stage < len(ranks) - 1:
             assert self._channels is not None
             self._channels.send_header(ranks[stage + 1], exists)
@@ -177,6 +177,10 @@ class Executor:
             self._headers.remove(key)
         self._exists[key] = exists
         return exists
+
+    def _rank_before(self, direction: int) -> int:
+        ranks = self.schedule.placement.ranks[direction]
+        return ranks[ranks.index(self.rank) - 1]
 
     def _forward(self, action: Action) -> None:
         stage, _, micro_batch = action

@@ -46,3 +46,8 @@ class Feed:
         """Let go of everything; the next micro-batch pulled is number ``micro_batch``."""
         self._kept.clear()
         self._next = micro_batch
+
+    def renumber(self, micro_batch: int) -> None:
+        """Count what is kept from ``micro_batch`` on (when windows change their size)."""
+        self._kept = dict(enumerate(self._kept.values(), start=micro_batch))
+        self._next = micro_batch + len(self._kept)

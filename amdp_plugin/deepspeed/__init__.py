@@ -1,0 +1,1 @@
+"""The schedules in DeepSpeed: a ``PipelineEngine`` that runs programs, and the key that selects it."""

@@ -1,0 +1,91 @@
+"""``initialize`` and ``install``: how a job gets the engine that runs schedules."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+
+from .config import ScheduleSettings, check_compatible, check_topology, read_settings
+from .engine import ScheduledPipelineEngine
+
+Engines = tuple[Any, Any, Any, Any]
+
+_stock_initialize = deepspeed.initialize
+
+
+@wraps(_stock_initialize)
+def initialize(*args: Any, **kwargs: Any) -> Engines:
+    """``deepspeed.initialize`` that honours the key. See :func:`amdp_plugin.initialize`."""
+    arguments = inspect.signature(_stock_initialize).bind(*args, **kwargs).arguments
+    config = _user_config(arguments)
+    settings = read_settings(config.get("pipeline"))
+    if settings is None:
+        return _stock_initialize(*args, **kwargs)
+    model = arguments.get("model")
+    check_compatible(config, settings)
+    _check_model(model, config, settings)
+    # deepspeed.initialize looks the engine's class up by name at each call.
+    stock_engine = deepspeed.PipelineEngine
+    deepspeed.PipelineEngine = ScheduledPipelineEngine
+    try:
+        return _stock_initialize(*args, **kwargs)
+    finally:
+        deepspeed.PipelineEngine = stock_engine
+
+
+def install() -> None:
+    """Put :func:`initialize` in the place of ``deepspeed.initialize``."""
+    deepspeed.initialize = initialize
+
+
+def uninstall() -> None:
+    """Undo :func:`install`."""
+    deepspeed.initialize = _stock_initialize
+
+
+def _user_config(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration as the user gave it: a dict, or a path to JSON; empty where DeepSpeed has to judge it."""
+    given = arguments.get("config") or arguments.get("config_params")
+    given = given or getattr(arguments.get("args"), "deepspeed_config", None)
+    if isinstance(given, Mapping):
+        return given
+    if isinstance(given, str | Path) and Path(given).is_file():
+        loaded = json.loads(Path(given).read_text())
+        return loaded if isinstance(loaded, Mapping) else {}
+    return {}
+
+
+def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettings) -> None:
+    def refuse(why: str) -> None:
+        raise ValueError(f"schedule {settings.name!r}: {why}")
+
+    if not isinstance(model, PipelineModule):
+        refuse(f"the model must be a deepspeed.pipe.PipelineModule, it is a {type(model).__name__}")
+    if isinstance(model, DualPipeVModule):
+        refuse("a DualPipeVModule brings a schedule of its own; use a PipelineModule, or leave the key out")
+    tied = _tied_across_stages(model)
+    if tied:
+        refuse(
+            f"the tied layers {', '.join(tied)} live on several stages, whose gradients would have to meet at every "
+            "step; untie them (LayerSpec for TiedLayerSpec), keep them on one stage, or use stock 1F1B"
+        )
+    grid = model.mpu()
+    check_topology(config["pipeline"], grid.model_parallel_size, settings)
+    settings.make(grid.pipe_parallel_size, max(1, config.get("gradient_accumulation_steps") or 1))
+
+
+def _tied_across_stages(model: PipelineModule) -> list[str]:
+    """Keys of tied layers that several stages hold; the same answer on every rank."""
+    stages: dict[str, set[int]] = {}
+    for index, spec in enumerate(model._layer_specs):
+        if isinstance(spec, TiedLayerSpec):
+            stages.setdefault(spec.key, set()).add(model.stage_owner(index))
+    return sorted(key for key, owners in stages.items() if len(owners) > 1)

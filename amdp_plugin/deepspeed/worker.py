@@ -1,0 +1,126 @@
+"""What a stage of a DeepSpeed engine does when the executor says so (``runtime.executor.Worker``).
+
+Every method hands the work to the instruction of ``PipelineEngine`` that does it in stock schedules, so
+that timers, activation checkpointing, bf16 and ZeRO-1 go on as they are.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+
+from ..plan.action import Action
+from ..runtime.channels import Tensors
+from ..runtime.feed import Feed
+from ..runtime.stage import as_tuple, gradients_of, input_leaf, one_or_tuple
+from ..runtime.weights import live_update
+
+if TYPE_CHECKING:
+    from .engine import ScheduledPipelineEngine
+
+
+class EngineWorker:
+    """The stage of ``engine``, whose in-flight micro-batches take turns in ``num_buffers`` pipeline buffers."""
+
+    def __init__(self, engine: ScheduledPipelineEngine, feed: Feed, num_buffers: int) -> None:
+        self._engine, self._feed, self._num_buffers = engine, feed, num_buffers
+        self._tuples: dict[int, bool] = {}
+
+    def has_window(self, window: int) -> bool:
+        return self._feed.has((window + 1) * self._engine.micro_batches - 1)
+
+    def forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
+        engine, buffers = self._engine, self._engine.pipe_buffers
+        micro_batch, buffer_id = action.index, self._buffer(action.index)
+        if inputs is not None:
+            buffers["inputs"][buffer_id] = one_or_tuple(tuple(input_leaf(tensor) for tensor in inputs))
+        if engine.is_first_stage() or engine.is_last_stage():
+            engine.load(self._feed.take(micro_batch), buffer_id)
+        engine.total_loss = engine.total_additional_losses = None
+        engine._exec_forward_pass(buffer_id)
+        if engine.is_last_stage():
+            buffers["losses"][buffer_id] = engine.loss
+            engine.window_losses.add(micro_batch, engine.total_loss, engine.total_additional_losses)
+            return None
+        outputs = buffers["outputs"][buffer_id]
+        self._tuples[micro_batch] = isinstance(outputs, tuple)
+        return as_tuple(outputs)
+
+    def backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
+        engine, buffers = self._engine, self._engine.pipe_buffers
+        micro_batch, buffer_id = action.index, self._buffer(action.index)
+        if gradients is None:
+            engine.loss, buffers["losses"][buffer_id] = buffers["losses"][buffer_id], None
+        else:
+            engine.grad_layer = list(gradients) if self._tuples.pop(micro_batch) else gradients[0]
+        engine._exec_backward_pass(buffer_id)
+        engine.grad_layer = None
+        inputs = as_tuple(buffers["inputs"][buffer_id])
+        self._clear(buffer_id)
+        self._feed.release(micro_batch)
+        return None if engine.is_first_stage() else gradients_of(inputs)
+
+    def reduce(self, action: Action) -> None:
+        raise NotImplementedError(f"{action}: this engine holds every stage once")
+
+    def update(self, action: Action) -> None:
+        with live_update(self._engine.module.parameters()):
+            self._engine._exec_reduce_grads()
+            self._engine._exec_optimizer_step()
+
+    def end_of_backwards(self, window: int) -> None:
+        self._engine.report_losses(window)
+
+    def snapshot(self) -> Any:
+        module = self._engine.module
+        persistent = module.state_dict(keep_vars=True).keys()
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if name in persistent}
+        return random_state(), module.micro_offset, buffers
+
+    def cancel(self, micro_batches: Sequence[tuple[int, int]], snapshot: Any) -> None:
+        for _, micro_batch in micro_batches:
+            self._clear(self._buffer(micro_batch))
+            self._tuples.pop(micro_batch, None)
+            self._engine.window_losses.drop(micro_batch)
+        if snapshot is not None:
+            state, micro_offset, buffers = snapshot
+            set_random_state(state)
+            self._engine.module.micro_offset = micro_offset
+            live = dict(self._engine.module.named_buffers())
+            with torch.no_grad():
+                for name, value in buffers.items():
+                    live[name].copy_(value)
+
+    def _buffer(self, micro_batch: int) -> int:
+        return micro_batch % self._num_buffers
+
+    def _clear(self, buffer_id: int) -> None:
+        for slots in self._engine.pipe_buffers.values():
+            slots[buffer_id] = None
+
+
+def random_state() -> dict[str, Any]:
+    """All generators that layers draw from: torch's on the CPU and the device, the tracker of
+    tensor-parallel dropout, and Python's."""
+    accelerator = get_accelerator()
+    device = None if accelerator.device_name() == "cpu" else accelerator.get_rng_state()
+    return {
+        "cpu": torch.get_rng_state(),
+        "device": device,
+        "tracker": get_cuda_rng_tracker().get_states(),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo what was drawn since :func:`random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if state["device"] is not None:
+        get_accelerator().set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    random.setstate(state["python"])
