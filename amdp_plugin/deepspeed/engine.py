@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +41,14 @@ class ScheduledPipelineEngine(PipelineEngine):
     Attributes:
         executor: runs the program; has ``largest_gap``, ``peak_in_flight`` and the ``timeline``.
     """
+
+    executor: Executor
+    # DeepSpeed's, which has no types
+    pipe_buffers: dict[str, list[Any]]
+    num_pipe_buffers: int
+    is_pipe_parallel: bool
+    total_loss: Any
+    total_additional_losses: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -91,7 +100,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         with self._aside(), self._watch.guard("evaluation", None):
             return super().eval_batch(data_iter, *args, **kwargs)
 
-    def save_checkpoint(self, save_dir: str, tag: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def save_checkpoint(self, save_dir: str, tag: Any = None, **kwargs: Any) -> Any:
         """DeepSpeed's checkpoint, which stock 1F1B loads too, with the random state of every rank beside it.
 
         What is in flight is cancelled first and forwarded anew afterwards, so that a run resumed from the
@@ -185,7 +194,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         scheduler = Scheduler(schedule)
         planned = report(scheduler, windows=1)
         if self._channels is None and self.num_stages > 1:
-            links = [(a, b) for s in range(self.num_stages - 1) for a, b in ((s, s + 1), (s + 1, s))]
+            links = [(rank, peer) for rank, peers in enumerate(schedule.placement.neighbours) for peer in peers]
             ranks = [self.grid.stage_to_global(stage) for stage in range(self.num_stages)]
             transport = Transport(ranks, links, torch.device(self.device), self.settings.timeout_seconds)
             self._channels = Channels(transport, self._watch, max(schedule.in_flight) + 1, self.dynamic_shape)
@@ -193,7 +202,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         self.executor = Executor(scheduler, self.stage_id, worker, self._channels, self._watch)
         self.executor.restart(self.global_steps)
         if self.global_rank == 0:
-            logger.info(f"{planned.to_text()}\n{self._clipping()}")
+            # Printed, as DeepSpeed prints the stages: its logger keeps silent below warnings.
+            print(f"{planned.to_text()}\n{self._clipping()}", flush=True)
 
     def _clipping(self) -> str:
         if self.gradient_clipping() <= 0:
@@ -210,13 +220,14 @@ class ScheduledPipelineEngine(PipelineEngine):
         """Sum in the order of stock: micro-batch by micro-batch, from zero."""
         losses = self.window_losses.take(numbers)
         for number, (loss, _) in zip(numbers, losses, strict=True):
-            if not torch.isfinite(loss).all():
-                logger.warning(f"the loss of micro-batch {number} is {loss.tolist()} (stage {self.stage_id})")
+            if not math.isfinite(float(loss)):
+                logger.warning(f"the loss of micro-batch {number} is {float(loss)} (stage {self.stage_id})")
         self.total_loss = sum((loss for loss, _ in losses[1:]), start=losses[0][0])
-        names = losses[0][1]
-        if names is not None:
-            sums = {name: sum((extra[name] for _, extra in losses[1:]), start=names[name]) for name in names}  # type: ignore[index]
-            self.total_additional_losses = sums
+        first = losses[0][1]
+        if first is not None:
+            self.total_additional_losses = {
+                name: sum((extra[name] for _, extra in losses[1:] if extra), start=first[name]) for name in first
+            }
 
     @contextmanager
     def _without_broadcast(self) -> Iterator[None]:

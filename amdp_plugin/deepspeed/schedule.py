@@ -27,7 +27,9 @@ class WindowSchedule(PipeSchedule):
         num_buffers: the most micro-batches that are in flight on this stage at once.
     """
 
-    def __init__(self, actions: Sequence[Action], num_buffers: int, micro_batches: int, stages: int, stage_id: int) -> None:
+    def __init__(
+        self, actions: Sequence[Action], num_buffers: int, micro_batches: int, stages: int, stage_id: int
+    ) -> None:
         super().__init__(micro_batches=micro_batches, stages=stages, stage_id=stage_id)
         self._actions, self._num_buffers = actions, num_buffers
 

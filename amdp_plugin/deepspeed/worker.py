@@ -17,7 +17,7 @@ from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rn
 from ..plan.action import Action
 from ..runtime.channels import Tensors
 from ..runtime.feed import Feed
-from ..runtime.stage import as_tuple, gradients_of, input_leaf, one_or_tuple
+from ..runtime.stage import as_tuple, copy_buffers, gradients_of, input_leaf, one_or_tuple, restore_buffers
 from ..runtime.weights import live_update
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ class EngineWorker:
 
     def snapshot(self) -> Any:
         module = self._engine.module
-        persistent = module.state_dict(keep_vars=True).keys()
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if name in persistent}
-        return random_state(), module.micro_offset, buffers
+        return random_state(), module.micro_offset, copy_buffers(module)
 
     def cancel(self, micro_batches: Sequence[tuple[int, int]], snapshot: Any) -> None:
         for _, micro_batch in micro_batches:
@@ -88,13 +86,10 @@ class EngineWorker:
             self._tuples.pop(micro_batch, None)
             self._engine.window_losses.drop(micro_batch)
         if snapshot is not None:
-            state, micro_offset, buffers = snapshot
+            state, micro_offset, copies = snapshot
             set_random_state(state)
             self._engine.module.micro_offset = micro_offset
-            live = dict(self._engine.module.named_buffers())
-            with torch.no_grad():
-                for name, value in buffers.items():
-                    live[name].copy_(value)
+            restore_buffers(self._engine.module, copies)
 
     def _buffer(self, micro_batch: int) -> int:
         return micro_batch % self._num_buffers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from .action import BACKWARD, FORWARD, UPDATE, Action
 
@@ -28,7 +29,7 @@ class CostModel:
         link_bandwidth: bytes a second between two ranks.
 
     Raises:
-        ValueError: for a cost that is negative, or a forward or backward that takes no time.
+        ValueError: for a cost that is negative or not finite, or a forward or backward that takes no time.
     """
 
     forward: tuple[float, ...]
@@ -44,9 +45,12 @@ class CostModel:
                 f"forward, backward and update need one entry a stage; got {len(self.forward)}, "
                 f"{len(self.backward)} and {len(self.update)}"
             )
+        costs = (*self.forward, *self.backward, *self.update, self.link_latency, self.message_bytes)
+        if not all(map(isfinite, costs)):
+            raise ValueError(f"every cost is a finite number; got {costs}")
         if min(ticks(cost) for cost in (*self.forward, *self.backward)) < 1:
             raise ValueError("a forward and a backward take at least a nanosecond each")
-        if min(*self.update, self.link_latency, self.message_bytes) < 0 or self.link_bandwidth <= 0:
+        if min(*self.update, self.link_latency, self.message_bytes) < 0 or not self.link_bandwidth > 0:
             raise ValueError(
                 "update, link_latency and message_bytes cannot be negative, link_bandwidth must be positive"
             )

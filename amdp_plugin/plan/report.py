@@ -16,7 +16,7 @@ from .simulate import in_flight, simulate
 from .verify import ProgramError, verify
 from .versions import Version, versions
 
-ACTIONS_TO_EXAMINE = 1_000_000
+ACTIONS_TO_EXAMINE = 100_000
 """How many actions a report looks at, at most, in the search for the windows that repeat for ever."""
 
 RECOMPUTATION = (

@@ -42,18 +42,20 @@ class Scheduler:
         self._states: dict[object, int] = {}
         self._simulation = _Simulation(schedule, self.costs)
 
-    def window(self, index: int) -> Window:
-        """The actions of window ``index``, one row a rank."""
+    def row(self, index: int, rank: int) -> Row:
+        """What ``rank`` does in window ``index``."""
         while index >= len(self._windows) and self.period is None:
             self._generate()
         if index < len(self._windows):
-            return self._windows[index]
+            return self._windows[index][rank]
         assert self.period is not None
         shift = -(-(index + 1 - len(self._windows)) // self.period) * self.period
-        micro_batches = self.schedule.micro_batches
-        return tuple(
-            tuple(action.shifted(shift, micro_batches) for action in row) for row in self._windows[index - shift]
-        )
+        row, micro_batches = self._windows[index - shift][rank], self.schedule.micro_batches
+        return tuple(action.shifted(shift, micro_batches) for action in row)
+
+    def window(self, index: int) -> Window:
+        """The actions of window ``index``, one row a rank."""
+        return tuple(self.row(index, rank) for rank in range(self.schedule.num_ranks))
 
     def program(self, windows: int) -> Program:
         """The first ``windows`` windows as one value."""
@@ -214,11 +216,11 @@ class _Simulation:
         stage, directions, ready = lane.holding.stage, self.schedule.placement.directions, []
         if self._has_arrived(lane, lane.backward_arrivals) and lane.holding.may_backward:
             ready.append(Action(stage, BACKWARD, lane.direction + directions * lane.backwards))
-        if lane.forwards - lane.backwards < self.schedule.in_flight[stage]:
-            if stage == 0 or self._has_arrived(lane, lane.forward_arrivals):
-                micro_batch = lane.direction + directions * lane.forwards
-                if not self.schedule.flush or micro_batch // self.schedule.micro_batches <= lane.holding.updates:
-                    ready.append(Action(stage, FORWARD, micro_batch))
+        admits = lane.forwards - lane.backwards < self.schedule.in_flight[stage]
+        if admits and (stage == 0 or self._has_arrived(lane, lane.forward_arrivals)):
+            micro_batch = lane.direction + directions * lane.forwards
+            if not self.schedule.flush or micro_batch // self.schedule.micro_batches <= lane.holding.updates:
+                ready.append(Action(stage, FORWARD, micro_batch))
         return ready
 
     def _start(self, rank: int, action: Action) -> None:

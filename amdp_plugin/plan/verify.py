@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .play import Stuck, play
@@ -104,46 +106,52 @@ def _check_updates(program: Program) -> None:
 
 
 def _check_collectives(program: Program) -> None:
-    """Law 3, second half: ranks that share stages enter the reductions and updates of those in one order."""
-    schedule = program.schedule
-    shared = [set(stages) for stages in schedule.placement.stages]
-    for rank in range(schedule.num_ranks):
-        for peer in range(rank + 1, schedule.num_ranks):
-            common = shared[rank] & shared[peer]
-            if common:
-                _check_pair(program, rank, peer, common)
+    """Law 3, second half: the ranks that share stages enter the reductions and updates of those in one order.
 
-
-def _check_pair(program: Program, rank: int, peer: int, common: set[int]) -> None:
-    mine, theirs = (
-        [(i, a) for i, a in enumerate(program.rows[r]) if a.kind in (REDUCE, UPDATE) and a.stage in common]
-        for r in (rank, peer)
-    )
-    for (position, action), (_, other) in zip(mine, theirs, strict=False):
-        if action != other:
-            what = f"rank {peer} enters {other} here, so the two wait for each other"
-            raise _breach(program, rank, position, 3, what)
+    A collective is a meeting of all holders, so it is one node of a graph with an edge from what each of
+    them enters before: that graph has no circle.
+    """
+    holders = program.schedule.placement.holders
+    before: dict[Action, dict[Action, tuple[int, int]]] = {}
+    for rank, row in enumerate(program.rows):
+        previous = None
+        for position, action in enumerate(row):
+            if action.kind in (REDUCE, UPDATE) and len(holders[action.stage]) > 1:
+                cells = before.setdefault(action, {})
+                if previous is not None:
+                    cells.setdefault(previous, (rank, position))
+                previous = action
+    try:
+        TopologicalSorter(before).prepare()
+    except CycleError as error:
+        steps = [(first, then, before[then][first]) for first, then in pairwise(error.args[1])]
+        circle = ", ".join(f"rank {rank} enters {first} before {then}" for first, then, (rank, _) in steps)
+        raise _breach(program, *steps[0][2], 3, f"{circle}: they wait for each other") from None
 
 
 def _check_order(program: Program) -> None:
-    """Laws 2 and 3: dependencies are met, and nothing waits for ever."""
+    """Laws 2, 3 and 6: dependencies are met, and nothing waits for ever."""
     try:
         for _ in play(program):
             pass
     except Stuck as stuck:
-        rank, (position, _, (owner, missing)) = min(stuck.blocked.items(), key=lambda item: item[1][0])
-        later = missing in program.rows[owner]
+        rank, (position, action, (owner, missing)) = min(stuck.blocked.items(), key=lambda item: item[1][0])
+        flush = action.kind == FORWARD and missing.kind == UPDATE
         what = f"it needs {missing}, which rank {owner} owes "
-        if not later:
-            raise _breach(program, rank, position, 2, what + "and never runs") from None
+        if missing not in program.rows[owner]:
+            raise _breach(program, rank, position, 6 if flush else 2, what + "and never runs") from None
         wait = stuck.blocked.get(owner)
-        why = f", but rank {owner} itself waits at {wait[1]} for {wait[2][1]} of rank {wait[2][0]}" if wait else ""
-        what += f"only at step {program.rows[owner].index(missing)}{why}"
-        raise _breach(program, rank, position, 3, what) from None
+        law = 3
+        if owner == rank:
+            law, wait = 6 if flush else 2, None
+        what += f"only at step {program.rows[owner].index(missing)}"
+        if wait:
+            what += f", but rank {owner} itself waits at {wait[1]} for {wait[2][1]} of rank {wait[2][0]}"
+        raise _breach(program, rank, position, law, what) from None
 
 
 def _check_bounds(program: Program) -> None:
-    """Laws 5 and 6: gap and in-flight count stay within what the schedule states; a flush knows no gap."""
+    """Law 5: gap and in-flight count stay within what the schedule states."""
     schedule = program.schedule
     found = versions(program)
     for rank, row in enumerate(program.rows):
@@ -163,6 +171,3 @@ def _check_bounds(program: Program) -> None:
                 if version.gap > schedule.max_gap[stage]:
                     what = f"the gap is {version.gap} updates, at most {schedule.max_gap[stage]} are stated"
                     raise _breach(program, rank, position, 5, what)
-                if schedule.flush and version.staleness:
-                    what = f"it was forwarded {version.staleness} updates before its own"
-                    raise _breach(program, rank, position, 6, what)

@@ -53,7 +53,7 @@ class Signature(NamedTuple):
         for shape, dtype in self.specs:
             values += [_DTYPES.index(dtype), len(shape), *shape]
         if len(values) > _SIGNATURE_LENGTH:
-            raise ValueError(f"a stage sends {len(self.specs)} tensors, too many to describe in {_SIGNATURE_LENGTH} numbers")
+            raise ValueError(f"{len(self.specs)} tensors cannot be described in {_SIGNATURE_LENGTH} numbers")
         return torch.tensor(values + [0] * (_SIGNATURE_LENGTH - len(values)), dtype=torch.int64)
 
     @classmethod
@@ -142,7 +142,9 @@ class Channels:
             if returns is not None:
                 self._returning[returns] = signature.gradients()
         for tensor in tensors:
-            self._keep(receiver, tag, action, *self._transport.send(tensor, receiver, tag))
+            with self._watch.guard("sending", action, receiver):
+                sent = self._transport.send(tensor, receiver, tag)
+            self._keep(receiver, tag, action, *sent)
 
     def expect(self, sender: int, actions: Iterable[Action]) -> None:
         """The messages that ``sender`` sends next to this rank, in its order."""
@@ -179,8 +181,7 @@ class Channels:
 
     def send_header(self, receiver: int, window_exists: bool) -> None:
         """Tell the next stage whether there is data for the window that begins."""
-        values = torch.tensor([int(window_exists)])
-        self._keep(receiver, HEADER_TAG, None, *self._transport.send_control(values, receiver, HEADER_TAG))
+        self._send_control(torch.tensor([int(window_exists)]), receiver, HEADER_TAG, None)
 
     def receive_header(self, sender: int) -> bool:
         """Whether there is data for the window that begins, as the stage before says."""
@@ -188,13 +189,18 @@ class Channels:
 
     def send_report(self, receiver: int, values: Tensor) -> None:
         """Send a small report, float64 [k] on the CPU, for example the losses of a window."""
-        self._keep(receiver, REPORT_TAG, None, *self._transport.send_control(values, receiver, REPORT_TAG))
+        self._send_control(values, receiver, REPORT_TAG, None)
 
     def receive_report(self, sender: int, length: int) -> Tensor:
         """The next report of ``sender``, float64 [length]."""
         return self._receive_control(torch.zeros(length, dtype=torch.float64), sender, REPORT_TAG, "report")
 
     # How
+
+    def _send_control(self, values: Tensor, receiver: int, tag: int, action: Action | None) -> None:
+        with self._watch.guard("sending", action, receiver):
+            sent = self._transport.send_control(values, receiver, tag)
+        self._keep(receiver, tag, action, *sent)
 
     def _receive_control(self, target: Tensor, sender: int, tag: int, what: str) -> Tensor:
         with self._watch.guard(f"receiving a {what}", None, sender):
@@ -223,8 +229,7 @@ class Channels:
                 "PipelineModule with dynamic_shape=True, or call reset_activation_shape() between two batches"
             )
         self._sent_signatures[receiver, action.stage] = signature
-        encoded = signature.encode()
-        self._keep(receiver, SIGNATURE_TAG, action, *self._transport.send_control(encoded, receiver, SIGNATURE_TAG))
+        self._send_control(signature.encode(), receiver, SIGNATURE_TAG, action)
 
     def _post_ahead(self, sender: int, inbox: _Inbox) -> None:
         while inbox.expected and len(inbox.posted) < LOOK_AHEAD:

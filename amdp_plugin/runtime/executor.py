@@ -52,7 +52,9 @@ class Executor:
         watch: what is being done and waited for.
     """
 
-    def __init__(self, scheduler: Scheduler, rank: int, worker: Worker, channels: Channels | None, watch: Watch) -> None:
+    def __init__(
+        self, scheduler: Scheduler, rank: int, worker: Worker, channels: Channels | None, watch: Watch
+    ) -> None:
         self.scheduler, self.schedule, self.rank = scheduler, scheduler.schedule, rank
         self._worker, self._channels, self._watch = worker, channels, watch
         self.versions = dict.fromkeys(self.schedule.placement.stages[rank], 0)
@@ -129,15 +131,15 @@ class Executor:
         self.restart(self.window)
 
     def _row(self, rank: int) -> list[Action]:
-        row = self.scheduler.window(self.window - self._base)[rank]
+        row = self.scheduler.row(self.window - self._base, rank)
         return [action.shifted(self._base, self.schedule.micro_batches) for action in row]
 
     def _expect_messages(self) -> None:
         """Announce what the other ranks send here in this window, each in its own order."""
         if self._channels is None:
             return
-        for sender in range(self.schedule.num_ranks):
-            messages = (self.schedule.message(sender, action) for action in self._row(sender)) if sender != self.rank else ()
+        for sender in self.schedule.placement.neighbours[self.rank]:
+            messages = [self.schedule.message(sender, action) for action in self._row(sender)]
             needed = [message[1] for message in messages if message is not None and message[0] == self.rank]
             headers = [self._window_and_direction(action) for action in needed if self._opens_window(action)]
             self._headers += [key for key in headers if key not in self._exists]

@@ -37,6 +37,20 @@ def gradients_of(inputs: Tensors) -> Tensors:
     return tuple(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in floating)
 
 
+def copy_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers that a checkpoint of ``module`` would hold: what its forwards may have changed."""
+    persistent = module.state_dict(keep_vars=True).keys()
+    return {name: buffer.clone() for name, buffer in module.named_buffers() if name in persistent}
+
+
+@torch.no_grad()
+def restore_buffers(module: nn.Module, copies: dict[str, Tensor]) -> None:
+    """Write back what :func:`copy_buffers` copied."""
+    for name, buffer in module.named_buffers():
+        if name in copies:
+            buffer.copy_(copies[name])
+
+
 class StageWorker:
     """One stage of an ordinary pipeline (``runtime.executor.Worker``).
 
@@ -105,7 +119,7 @@ class StageWorker:
         pass
 
     def snapshot(self) -> Any:
-        return torch.get_rng_state(), {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        return torch.get_rng_state(), copy_buffers(self.module)
 
     def cancel(self, micro_batches: Sequence[tuple[int, int]], snapshot: Any) -> None:
         for _, micro_batch in micro_batches:
@@ -115,5 +129,4 @@ class StageWorker:
         if snapshot is not None:
             random_state, buffers = snapshot
             torch.set_rng_state(random_state)
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(buffers[name])
+            restore_buffers(self.module, buffers)

@@ -33,6 +33,22 @@ def wire(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
+class _Group:
+    """A process group used by itself: it goes on working after ``destroy_process_group()``, for last messages."""
+
+    def __init__(self, members: Sequence[int], backend: str, timeout: timedelta) -> None:
+        self._members = sorted(members)
+        self._group: Any = dist.new_group(
+            self._members, timeout=timeout, backend=backend, use_local_synchronization=True
+        )
+
+    def send(self, tensor: Tensor, receiver: int, tag: int) -> dist.Work:
+        return self._group.send([tensor], self._members.index(receiver), tag)
+
+    def receive(self, tensor: Tensor, sender: int, tag: int) -> dist.Work:
+        return self._group.recv([tensor], self._members.index(sender), tag)
+
+
 class Transport:
     """Point-to-point messages of one pipeline. Every rank of the pipeline makes it at the same point.
 
@@ -52,21 +68,26 @@ class Transport:
     ) -> None:
         self.ranks, self.device = list(ranks), device
         timeout = timedelta(seconds=timeout_seconds)
-
-        def group(members: Sequence[int], backend: str) -> Any:
-            return dist.new_group(members, timeout=timeout, backend=backend, use_local_synchronization=True)
-
-        self._control = group(self.ranks, "gloo")
-        self._groups: dict[tuple[int, int], Any] = {}
-        me = self.ranks.index(dist.get_rank())
+        self._control = _Group(self.ranks, "gloo", timeout)
+        self._groups: dict[tuple[int, int], _Group] = {}
+        self.rank = me = self.ranks.index(dist.get_rank())
         if device.type == "cuda" and "nccl" in str(dist.get_backend()):
             self._staged = False
-            for sender, receiver in sorted(set(links)):
-                if me in (sender, receiver):
-                    self._groups[sender, receiver] = group([self.ranks[sender], self.ranks[receiver]], "nccl")
+            for link in sorted(set(links)):
+                if me in link:
+                    self._groups[link] = _Group([self.ranks[rank] for rank in link], "nccl", timeout)
+                    self._connect(*link, timeout)
         else:
             self._staged = device.type != "cpu"
-        self.rank = me
+
+    def _connect(self, sender: int, receiver: int, timeout: timedelta) -> None:
+        """Make the communicator now, in the order common to all: NCCL would make it at the first message."""
+        probe = torch.zeros(1, device=self.device)
+        group = self._groups[sender, receiver]
+        if self.rank == sender:
+            group.send(probe, self.ranks[receiver], 0).wait(timeout)
+        else:
+            group.receive(probe, self.ranks[sender], 0).wait(timeout)
 
     def send(self, tensor: Tensor, receiver: int, tag: int) -> tuple[dist.Work, Tensor]:
         """Start to send; the tensor that comes back must live, unchanged, until the work is done."""
@@ -77,7 +98,7 @@ class Transport:
             torch.cuda.current_stream(self.device).synchronize()
             data = pinned
         group = self._groups.get((self.rank, receiver), self._control)
-        return dist.isend(data, self.ranks[receiver], group=group, tag=tag), data
+        return group.send(data, self.ranks[receiver], tag), data
 
     def receive(self, target: Tensor, sender: int, tag: int) -> Incoming:
         """Start to receive into ``target``, contiguous and of the shape and dtype that are coming."""
@@ -85,15 +106,15 @@ class Transport:
         if self._staged:
             landed = torch.empty(landed.shape, dtype=landed.dtype, pin_memory=True)
         group = self._groups.get((sender, self.rank), self._control)
-        work = dist.irecv(landed, self.ranks[sender], group=group, tag=tag)
+        work = group.receive(landed, self.ranks[sender], tag)
         if not self._staged:
             return Incoming(work, target, target)
         return Incoming(work, landed.view(torch.bool) if target.dtype == torch.bool else landed, target)
 
     def send_control(self, values: Tensor, receiver: int, tag: int) -> tuple[dist.Work, Tensor]:
         """Start to send a small CPU tensor, beside the tensors' own order."""
-        return dist.isend(values, self.ranks[receiver], group=self._control, tag=tag), values
+        return self._control.send(values, self.ranks[receiver], tag), values
 
     def receive_control(self, target: Tensor, sender: int, tag: int) -> dist.Work:
         """Start to receive a small CPU tensor."""
-        return dist.irecv(target, self.ranks[sender], group=self._control, tag=tag)
+        return self._control.receive(target, self.ranks[sender], tag)

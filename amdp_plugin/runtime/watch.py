@@ -32,7 +32,9 @@ class Watch:
         timeline: where waits are recorded.
     """
 
-    def __init__(self, rank: int, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, timeline: Timeline | None = None) -> None:
+    def __init__(
+        self, rank: int, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, timeline: Timeline | None = None
+    ) -> None:
         self.rank = rank
         self.timeout = timedelta(seconds=timeout_seconds)
         self.timeline = timeline or Timeline()

@@ -23,8 +23,7 @@ from .models import OPTIMIZERS, build_stages, data, loss
 def make_executor(rank: int, name: str, stages: int, size: int, kind: str, optimizer: str, dtype: torch.dtype, count: int | None = None) -> tuple[Executor, StageWorker]:
     schedule = make(name, stages, size)
     watch = Watch(rank, timeout_seconds=30)
-    links = {(s, s + 1) for s in range(stages - 1)} | {(s + 1, s) for s in range(stages - 1)}
-    channels = Channels(Transport(range(stages), links, torch.device("cpu"), 30), watch, keep_sent=stages + 1)
+    channels = Channels(Transport(range(stages), (), torch.device("cpu"), 30), watch, keep_sent=stages + 1)
     module = build_stages(kind, stages, dtype)[rank]
     last = rank == stages - 1
     feed = data(dtype, count) if rank == 0 or last else None

@@ -51,6 +51,28 @@ def options(name: str) -> dict[str, inspect.Parameter]:
     return {key: value for key, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def read_option(name: str, option: str, text: str) -> Any:
+    """The value that ``text``, from a command line, gives to ``option`` of schedule ``name``.
+
+    Raises:
+        ValueError: when the option is unknown or ``text`` is not of its type.
+    """
+    if option not in (known := options(name)):
+        raise ValueError(f"schedule {name!r} has no option {option}; it has {', '.join(known) or 'none'}")
+    wanted = known[option].annotation
+    if wanted is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if wanted not in (int, float):
+        if wanted is bool:
+            raise ValueError(f"option {option} of schedule {name!r} is true or false, got {text!r}")
+        return text
+    try:
+        return wanted(text)
+    except ValueError:
+        kind = "a whole number" if wanted is int else "a number"
+        raise ValueError(f"option {option} of schedule {name!r} is {kind}, got {text!r}") from None
+
+
 def make(name: str, num_stages: int, micro_batches: int, **chosen: Any) -> Schedule:
     """Schedule ``name`` for a pipeline of ``num_stages`` and windows of ``micro_batches``.
 

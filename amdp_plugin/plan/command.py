@@ -1,0 +1,102 @@
+"""``amdp plan``: what a schedule gives and costs, before a run."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from math import inf
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import schedules
+from .costs import CostModel
+from .render import text_grid
+from .report import report
+from .scheduler import Scheduler
+from .simulate import simulate
+
+GRID_LINES = 400
+EXIT_DEADLOCK = 1
+
+
+class Format(str, Enum):
+    """What ``amdp plan`` writes."""
+
+    text = "text"
+    json = "json"
+    csv = "csv"
+    png = "png"
+    trace = "trace"
+
+
+def plan(
+    schedule: Annotated[str, typer.Option(help="Name of the schedule: gpipe, 1f1b, paci, or one of another package.")],
+    stages: Annotated[int, typer.Option(help="Stages of the pipeline.")],
+    micro_batches: Annotated[int, typer.Option(help="Micro-batches of a window, that is, of one optimizer step.")],
+    windows: Annotated[int, typer.Option(help="Windows to show.")] = 4,
+    backward_ratio: Annotated[float, typer.Option(help="Time of a backward, in forwards.")] = 2.0,
+    link_cost: Annotated[float, typer.Option(help="Time of a message between ranks, in forwards of one stage.")] = 0.0,
+    option: Annotated[list[str] | None, typer.Option(help="An option of the schedule, as key=value.")] = None,
+    format: Annotated[Format, typer.Option(help="What to write.")] = Format.text,
+    out: Annotated[Path | None, typer.Option(help="File to write to, instead of standard output.")] = None,
+) -> int:
+    """Print or draw a schedule: utilization, bubble, version gap, what is in flight, and the order of work."""
+    if windows < 1:
+        raise ValueError(f"--windows is at least 1, got {windows}")
+    if not 0 < backward_ratio < inf:
+        raise ValueError(f"--backward-ratio is above 0, got {backward_ratio}")
+    if not 0 <= link_cost < inf:
+        raise ValueError(f"--link-cost is at least 0, got {link_cost}")
+    chosen = schedules.make(schedule, stages, micro_batches, **_read_options(schedule, option or ()))
+    costs = CostModel.uniform(stages, backward_ratio=backward_ratio, link_latency=link_cost)
+    scheduler = Scheduler(chosen, costs)
+    content, deadlock_free = _content(scheduler, windows, format)
+    _write(content, out)
+    return 0 if deadlock_free else EXIT_DEADLOCK
+
+
+def _read_options(schedule: str, settings: Sequence[str]) -> dict[str, Any]:
+    chosen = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--option wants key=value, got {setting!r}")
+        chosen[key.strip()] = schedules.read_option(schedule, key.strip(), value.strip())
+    return chosen
+
+
+def _content(scheduler: Scheduler, windows: int, format: Format) -> tuple[bytes, bool]:
+    """What to write, and whether the schedule is free of deadlock (only judged where it is reported)."""
+    program = scheduler.program(windows)
+    if format is Format.csv:
+        return program.to_csv().encode(), True
+    timing = simulate(program, scheduler.costs)
+    if format is Format.trace:
+        from .trace import chrome_trace
+
+        return f"{chrome_trace(timing)}\n".encode(), True
+    found = report(scheduler, windows)
+    if format is Format.png:
+        from .picture import png
+
+        return png(timing, found), found.deadlock_free
+    if format is Format.json:
+        return f"{found.to_json()}\n".encode(), found.deadlock_free
+    width = shutil.get_terminal_size((120, 40)).columns
+    lines = [*found.to_text(width).splitlines(), "", *text_grid(program, timing=timing, width=width).splitlines()]
+    if len(lines) > GRID_LINES:
+        rest = f"... {len(lines) - GRID_LINES} more lines: see fewer --windows, or --format png, csv or trace"
+        lines = [*lines[:GRID_LINES], rest]
+    return "\n".join([*lines, ""]).encode(), found.deadlock_free
+
+
+def _write(content: bytes, out: Path | None) -> None:
+    if out is None:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    else:
+        out.write_bytes(content)
