@@ -1,29 +1,60 @@
-"""``python -m amdp_plugin script.py ...`` runs an unmodified DeepSpeed script with :func:`amdp_plugin.install`."""
+"""``python -m amdp_plugin script.py ...`` runs an unmodified DeepSpeed script with :func:`amdp_plugin.install`.
+
+``python -m amdp_plugin --record DIR script.py ...`` also writes what every rank did and waited for, to DIR.
+"""
 
 from __future__ import annotations
 
 import os
 import runpy
 import sys
+from pathlib import Path
 
 import amdp_plugin
 
-USAGE = "usage: python -m amdp_plugin SCRIPT [ARGUMENT ...]"
+USAGE = "usage: python -m amdp_plugin [--record DIR] SCRIPT [ARGUMENT ...]"
+EXIT_USAGE = 2
 
 
 def main() -> None:
     """Run the script as ``python SCRIPT ARGUMENT ...`` would."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(USAGE, file=sys.stderr)
-        raise SystemExit(0 if len(sys.argv) == 2 else 2)
-    script = sys.argv[1]
+    arguments = sys.argv[1:]
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        raise SystemExit(0)
+    directory = _take_record(arguments)
+    if not arguments:
+        _fail("which script?")
+    script = arguments[0]
     if not os.path.isfile(script):
-        print(f"python -m amdp_plugin: there is no file {script}\n{USAGE}", file=sys.stderr)
-        raise SystemExit(2)
+        _fail(f"there is no file {script}")
     amdp_plugin.install()
-    sys.argv = sys.argv[1:]
+    if directory is not None:
+        from amdp_plugin.deepspeed.record import record_to
+
+        record_to(directory)
+    sys.argv = arguments
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     runpy.run_path(script, run_name="__main__")
+
+
+def _take_record(arguments: list[str]) -> Path | None:
+    """Take ``--record DIR`` off the front of ``arguments``."""
+    if not arguments or not arguments[0].startswith("--record"):
+        return None
+    option, equals, directory = arguments.pop(0).partition("=")
+    if option != "--record":
+        _fail(f"unknown option {option}")
+    if not equals:
+        if not arguments:
+            _fail("--record needs a directory")
+        directory = arguments.pop(0)
+    return Path(directory)
+
+
+def _fail(message: str) -> None:
+    print(f"python -m amdp_plugin: {message}\n{USAGE}", file=sys.stderr)
+    raise SystemExit(EXIT_USAGE)
 
 
 if __name__ == "__main__":

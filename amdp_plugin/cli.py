@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
+from .deepspeed.command import CompareCommand, compare
 from .plan.command import plan
 
 EXIT_FAILURE = 1
@@ -19,11 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(plan)
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps ``plan`` a command of its own while it is the only one."""
+app.command(cls=CompareCommand)(compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

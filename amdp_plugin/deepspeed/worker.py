@@ -85,6 +85,7 @@ class EngineWorker:
             self._clear(self._buffer(micro_batch))
             self._tuples.pop(micro_batch, None)
             self._engine.window_losses.drop(micro_batch)
+        self._feed.reopen()
         if snapshot is not None:
             state, micro_offset, copies = snapshot
             set_random_state(state)

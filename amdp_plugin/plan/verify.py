@@ -135,7 +135,8 @@ def _check_order(program: Program) -> None:
         for _ in play(program):
             pass
     except Stuck as stuck:
-        rank, (position, action, (owner, missing)) = min(stuck.blocked.items(), key=lambda item: item[1][0])
+        rank = _root(program, stuck)
+        position, action, (owner, missing) = stuck.blocked[rank]
         flush = action.kind == FORWARD and missing.kind == UPDATE
         what = f"it needs {missing}, which rank {owner} owes "
         if missing not in program.rows[owner]:
@@ -148,6 +149,18 @@ def _check_order(program: Program) -> None:
         if wait:
             what += f", but rank {owner} itself waits at {wait[1]} for {wait[2][1]} of rank {wait[2][0]}"
         raise _breach(program, rank, position, law, what) from None
+
+
+def _root(program: Program, stuck: Stuck) -> int:
+    """The rank to name: follow who waits for whom, to the one that nobody else keeps waiting or into a circle."""
+    rank = min(stuck.blocked, key=lambda rank: stuck.blocked[rank][0])
+    seen = {rank}
+    while True:
+        owner, missing = stuck.blocked[rank][2]
+        if owner in seen or owner not in stuck.blocked or missing not in program.rows[owner]:
+            return rank
+        seen.add(owner)
+        rank = owner
 
 
 def _check_bounds(program: Program) -> None:

@@ -76,6 +76,7 @@ class Executor:
         self._in_flight: dict[tuple[int, int], int] = {}
         self._snapshots: dict[int, Any] = {}
         self._exists: dict[tuple[int, int], bool] = {}
+        self._read: dict[tuple[int, int], bool] = {}
         self._headers: list[tuple[int, int]] = []
 
     def run_window(self) -> None:
@@ -91,12 +92,15 @@ class Executor:
             StopIteration: when the data ends before the window does. All ranks raise it at the same window;
                 what was forwarded ahead is cancelled, and its data is kept for when there is more.
         """
-        exist = [self._window_exists(self.window, direction) for direction in range(len(self.schedule.placement.ranks))]
-        if not all(exist):
+        if not self._all_exist():
+            # The data may have ended while it was read ahead, and have gone on since.
             self.quiesce()
-            size = self.schedule.micro_batches
-            raise StopIteration(f"the data ends before the {size} micro-batches of window {self.window}")
+            if not self._all_exist():
+                self.restart(self.window)
+                size = self.schedule.micro_batches
+                raise StopIteration(f"the data ends before the {size} micro-batches of window {self.window}")
         self._expect_messages()
+        self._read_ahead()
         return self._row(self.rank)
 
     def execute(self, action: Action) -> None:
@@ -115,6 +119,7 @@ class Executor:
         self.window += 1
         self._snapshots = {window: state for window, state in self._snapshots.items() if window >= self.window}
         self._exists = {key: exists for key, exists in self._exists.items() if key[0] >= self.window}
+        self._read = {key: has for key, has in self._read.items() if key[0] >= self.window}
 
     def quiesce(self) -> None:
         """Cancel what is in flight, between two windows.
@@ -145,6 +150,23 @@ class Executor:
             self._headers += [key for key in headers if key not in self._exists]
             self._channels.expect(sender, needed)
 
+    def _read_ahead(self) -> None:
+        """On a last stage, read what the first stage reads in this window, though it is needed later: then both
+        ends read the same, even when the job gives each window another iterator."""
+        for direction, ranks in enumerate(self.schedule.placement.ranks):
+            if ranks[-1] == self.rank != ranks[0]:
+                for action in self._row(ranks[0]):
+                    window = self._window_and_direction(action)
+                    if action.stage == 0 and self._opens_window(action) and window[1] == direction:
+                        self._has_window(*window)
+
+    def _has_window(self, window: int, direction: int) -> bool:
+        """Ask the worker once."""
+        key = (window, direction)
+        if key not in self._read:
+            self._read[key] = self._worker.has_window(window)
+        return self._read[key]
+
     def _window_and_direction(self, action: Action) -> tuple[int, int]:
         return action.window(self.schedule.micro_batches), action.index % self.schedule.placement.directions
 
@@ -152,6 +174,11 @@ class Executor:
         """Whether it is the first forward of its window in its direction."""
         rest = action.index % self.schedule.micro_batches
         return action.kind == FORWARD and rest < self.schedule.placement.directions
+
+    def _all_exist(self) -> bool:
+        """Whether there is data for the window in all directions; asks for each, so that all ranks ask alike."""
+        directions = range(self.schedule.placement.directions)
+        return all([self._window_exists(self.window, direction) for direction in directions])
 
     def _window_exists(self, window: int, direction: int) -> bool:
         """Whether there is data for ``window``: the first stage knows, and tells down the pipeline."""
@@ -163,17 +190,18 @@ class Executor:
             return True
         stage = ranks.index(self.rank)
         if stage == 0:
-            exists = self._worker.has_window(window)
+            exists = self._has_window(window, direction)
         else:
             assert self._channels is not None
             exists = self._channels.receive_header(self._rank_before(direction))
         if stage < len(ranks) - 1:
             assert self._channels is not None
             self._channels.send_header(ranks[stage + 1], exists)
-        elif stage > 0 and exists and not self._worker.has_window(window):
+        elif stage > 0 and self._has_window(window, direction) != exists:
+            has, lacks = ("first", "last") if exists else ("last", "first")
             raise RuntimeError(
-                f"the first stage has data for window {window}, the data of the last stage ends before it: give "
-                "train_batch() on both the same micro-batches"
+                f"the {has} stage has data for window {window}, the data of the {lacks} stage ends before it: give "
+                "both the same micro-batches"
             )
         if key in self._headers:
             self._headers.remove(key)

@@ -21,17 +21,20 @@ class Feed:
         self._kept: dict[int, Any] = {}
         self._next = 0
         self._latest: Any = None
+        self._ended = False
 
     def has(self, micro_batch: int) -> bool:
-        """Whether ``micro_batch`` exists; pulls as far as that."""
-        while self._next <= micro_batch:
+        """Whether ``micro_batch`` exists; pulls as far as that. Once the data has ended it stays so until
+        :meth:`reopen`."""
+        while self._next <= micro_batch and not self._ended:
             try:
                 self._latest = self._pull()
             except StopIteration:
-                return False
+                self._ended = True
+                break
             self._kept[self._next] = self._latest
             self._next += 1
-        return True
+        return micro_batch < self._next
 
     def take(self, micro_batch: int) -> Any:
         """The micro-batch; beyond the end of the data the latest one again, as padding for a forward that
@@ -42,10 +45,15 @@ class Feed:
         """Its backward is done."""
         self._kept.pop(micro_batch, None)
 
+    def reopen(self) -> None:
+        """Nothing is in flight: if the data goes on after an end, it may be asked for."""
+        self._ended = False
+
     def restart(self, micro_batch: int) -> None:
         """Let go of everything; the next micro-batch pulled is number ``micro_batch``."""
         self._kept.clear()
         self._next = micro_batch
+        self._ended = False
 
     def renumber(self, micro_batch: int) -> None:
         """Count what is kept from ``micro_batch`` on (when windows change their size)."""

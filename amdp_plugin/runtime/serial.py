@@ -48,6 +48,7 @@ class SerialPipeline:
 
     Attributes:
         versions: updates that each stage has had.
+        random_states: the state of each stage's random numbers.
         used: for every (stage, micro-batch), the :class:`Used` versions. Micro-batches count from the start.
 
     Raises:
@@ -76,7 +77,7 @@ class SerialPipeline:
         self._parameters = [[p for p in stage.parameters() if p.requires_grad] for stage in stages]
         self._masters = [[_master(p, master_dtype) for p in parameters] for parameters in self._parameters]
         self.optimizers = [make_optimizer(masters) for masters in self._masters]
-        self._random = [_random_state(seed) for seed in seeds] if seeds else [torch.get_rng_state() for _ in stages]
+        self.random_states = [_random_state(seed) for seed in seeds] if seeds else [torch.get_rng_state() for _ in stages]
         self._data: dict[int, tuple[Any, Any]] = {}
         self._losses: dict[int, Tensor] = {}
         self._flying: dict[tuple[int, int], tuple[Tensors, Tensors, int]] = {}
@@ -110,9 +111,9 @@ class SerialPipeline:
             self._update(stage)
             return
         outside = torch.get_rng_state()
-        torch.set_rng_state(self._random[stage])
+        torch.set_rng_state(self.random_states[stage])
         self._forward(stage, index) if kind == FORWARD else self._backward(stage, index)
-        self._random[stage] = torch.get_rng_state()
+        self.random_states[stage] = torch.get_rng_state()
         torch.set_rng_state(outside)
 
     def _forward(self, stage: int, index: int) -> None:

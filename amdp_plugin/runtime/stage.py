@@ -126,6 +126,8 @@ class StageWorker:
             self._inputs.pop(micro_batch)
             self._outputs.pop(micro_batch)
             self.losses.pop(micro_batch, None)
+        if self._feed is not None:
+            self._feed.reopen()
         if snapshot is not None:
             random_state, buffers = snapshot
             torch.set_rng_state(random_state)

@@ -38,10 +38,18 @@ class Timeline:
         self.events: deque[Event] = deque(maxlen=keep)
         self.totals = Totals()
 
+    def keep(self, events: int) -> None:
+        """Keep the latest ``events`` from now on."""
+        self.events = deque(self.events, maxlen=events)
+
     @contextmanager
-    def span(self, name: str, phase: str = RUN) -> Iterator[None]:
-        """Record the enclosed block, here and under the same name in a ``torch.profiler`` trace."""
-        start = time.perf_counter()
+    def span(self, name: str, phase: str = RUN, start: float | None = None) -> Iterator[None]:
+        """Record the enclosed block, here and under the same name in a ``torch.profiler`` trace.
+
+        Args:
+            start: when it began, where that was before the block.
+        """
+        start = time.perf_counter() if start is None else start
         try:
             with record_function(name if phase == RUN else f"{phase} {name}"):
                 yield

@@ -7,69 +7,57 @@ from typing import Any
 import pytest
 import torch
 
-from amdp_plugin.plan.schedules import make
+from amdp_plugin.plan.program import Program
 from amdp_plugin.plan.scheduler import Scheduler
-from amdp_plugin.runtime.channels import Channels
-from amdp_plugin.runtime.executor import Executor
-from amdp_plugin.runtime.serial import SerialPipeline
-from amdp_plugin.runtime.stage import StageWorker
-from amdp_plugin.runtime.transport import Transport
-from amdp_plugin.runtime.watch import Watch
+from amdp_plugin.plan.simulate import in_flight
 from tests.processes import run_ranks
 
-from .models import OPTIMIZERS, build_stages, data, loss
+from .models import data
+from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, result
 
 
-def make_executor(rank: int, name: str, stages: int, size: int, kind: str, optimizer: str, dtype: torch.dtype, count: int | None = None) -> tuple[Executor, StageWorker]:
-    schedule = make(name, stages, size)
-    watch = Watch(rank, timeout_seconds=30)
-    channels = Channels(Transport(range(stages), (), torch.device("cpu"), 30), watch, keep_sent=stages + 1)
-    module = build_stages(kind, stages, dtype)[rank]
-    last = rank == stages - 1
-    feed = data(dtype, count) if rank == 0 or last else None
-    worker = StageWorker(module, OPTIMIZERS[optimizer](list(module.parameters())), size, loss if last else None, feed)
-    torch.manual_seed(100 + rank)
-    return Executor(Scheduler(schedule), rank, worker, channels, watch), worker
-
-
-def train(rank: int, windows: int, *case: Any) -> dict[str, Any]:
-    executor, worker = make_executor(rank, *case)
+def train(rank: int, windows: int, case: Case) -> dict[str, Any]:
+    executor, worker = make_executor(rank, case)
     for _ in range(windows):
         executor.run_window()
-    executor.quiesce()
-    return {
-        "weights": {key: value.clone() for key, value in worker.module.state_dict().items()},
-        "losses": worker.losses,
-        "random": torch.get_rng_state(),
-        "gap": executor.largest_gap,
-        "peak": executor.peak_in_flight,
-    }
+    return result(executor, worker)
 
 
-@pytest.mark.parametrize("kind", ["plain", "recomputed", "tuples"])
-@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 2), (2, 4), (3, 2), (3, 4), (4, 2), (4, 4), (4, 6)])
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "paci"])
-def test_processes_equal_the_oracle(name: str, stages: int, size: int, kind: str) -> None:
-    optimizer = {2: "sgd", 3: "adamw", 4: "fused"}[stages]
-    check(name, stages, size, kind, optimizer, torch.float32)
+def check(case: Case, windows: int = 5) -> list[dict[str, Any]]:
+    found = run_ranks(case.stages, train, windows, case)
+    oracle = make_oracle(case)
+    oracle.train(data(case.dtype), windows)
+    assert_equals_oracle(found, oracle)
+    return found
 
 
-@pytest.mark.parametrize("name", ["1f1b", "paci"])
+@pytest.mark.parametrize("kind", ["plain", "recomputed", "tuples", "counting"])
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 2), (3, 3), (4, 1), (4, 2), (4, 6)])
+@pytest.mark.parametrize("schedule", ["1f1b", "paci"])
+def test_processes_equal_the_oracle(schedule: str, stages: int, size: int, kind: str) -> None:
+    check(Case(schedule, stages, size, kind, {2: "sgd", 3: "adamw", 4: "fused"}[stages]))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_gpipe(size: int) -> None:
+    check(Case("gpipe", 3, size))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "paci"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "fused"])
-def test_every_optimizer_and_bf16(name: str, optimizer: str) -> None:
-    check(name, 3, 2, "plain", optimizer, torch.bfloat16)
+def test_every_optimizer_in_bf16(schedule: str, optimizer: str) -> None:
+    check(Case(schedule, 3, 2, "plain", optimizer, torch.bfloat16))
 
 
-def check(name: str, stages: int, size: int, kind: str, optimizer: str, dtype: torch.dtype) -> None:
-    windows = 5
-    found = run_ranks(stages, train, windows, name, stages, size, kind, optimizer, dtype)
-    schedule = make(name, stages, size)
-    seeds = [100 + stage for stage in range(stages)]
-    oracle = SerialPipeline(build_stages(kind, stages, dtype), OPTIMIZERS[optimizer], loss, schedule, seeds=seeds)
-    oracle.train(data(dtype), windows)
-    for stage, result in enumerate(found):
-        for key, value in oracle.stages[stage].state_dict().items():
-            assert torch.equal(result["weights"][key], value), f"stage {stage}: {key}"
-        assert torch.equal(result["random"], oracle._random[stage]), f"stage {stage}: random state"
-        gaps = [used.backward - used.forward for (s, _), used in oracle.used.items() if s == stage]
-        assert result["gap"] == max(gaps)
+def test_more_in_flight() -> None:
+    """The first stage then forwards further ahead, and shows a larger gap."""
+    found = check(Case("paci", 3, 2, options=(("extra_in_flight", 2),)))
+    assert (found[0]["peak"], found[0]["gap"]) == (5, 2)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "paci", "gpipe"])
+def test_measured_in_flight_is_the_planned(schedule: str) -> None:
+    case = Case(schedule, 4, 5)
+    program: Program = Scheduler(case.make()).program(5)
+    planned = [max(in_flight(program, rank)) for rank in range(4)]
+    assert [end["peak"] for end in run_ranks(4, train, 5, case)] == planned

@@ -1,0 +1,177 @@
+"""Runs one job under several configurations in turn and writes what they took, side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from .compare_table import Row, rows, table
+from .measured import Run
+from .recording import PROGRESS, read_records
+
+POLL_SECONDS = 0.2
+LOG_LINES = 40
+SECONDS_TO_END = 10.0
+
+
+class JobFailed(Exception):
+    """A job that was to be compared ended with an error; the message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run under every configuration.
+
+    Args:
+        script: takes ``--deepspeed_config FILE`` and ``--steps STEPS``.
+        arguments: what else the script gets.
+        processes: ranks on this machine.
+        steps: optimizer steps.
+    """
+
+    script: Path
+    arguments: Sequence[str]
+    processes: int
+    steps: int
+
+    def command(self, config: Path, directory: Path) -> list[str]:
+        """The command line that runs it under ``config`` and records it in ``directory``."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
+        recorded = ["-m", "amdp_plugin", "--record", str(directory), str(self.script)]
+        options = ["--deepspeed_config", str(config), "--steps", str(self.steps), *self.arguments]
+        return [sys.executable, *launcher, *recorded, *options]
+
+
+def compare(configs: Sequence[Path], job: Job, output: Path) -> str:
+    """Run ``job`` under every configuration and write the comparison to ``output``.
+
+    ``table.md``, ``result.json``, ``comparison.png``, ``comparison.trace.json`` (for ui.perfetto.dev) and, for every
+    configuration, ``runs/NAME/`` with the log and the records of all ranks.
+
+    Returns:
+        The table, in Markdown.
+
+    Raises:
+        ValueError: when the configurations cannot be compared.
+        JobFailed: when one of the jobs fails.
+    """
+    names = _check(configs, job)
+    output.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for number, (name, config) in enumerate(zip(names, configs, strict=True), start=1):
+        directory = output / "runs" / name
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        _run(job, config, directory, f"[{number}/{len(names)}] {name}")
+        runs.append(Run(name, read_records(directory)))
+    return write(runs, output, {"steps": job.steps, "processes": job.processes, "script": str(job.script)})
+
+
+def write(runs: Sequence[Run], output: Path, about: dict[str, Any]) -> str:
+    """Write the comparison of recorded ``runs``. Returns the table."""
+    from .compare_picture import picture, trace
+
+    found = rows(runs)
+    text = table(found, runs)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    (output / "comparison.png").write_bytes(picture(runs))
+    (output / "comparison.trace.json").write_text(trace(runs), encoding="utf-8")
+    result = {**about, "machine": _machine(), "runs": [_result(row, run) for row, run in zip(found, runs, strict=True)]}
+    (output / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+    return text
+
+
+def _check(configs: Sequence[Path], job: Job) -> list[str]:
+    names = [config.stem for config in configs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"two configurations are called {', '.join(repeated)}; give their files different names")
+    for path in (*configs, job.script):
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+    for config in configs:
+        try:
+            json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config} is not JSON: {error}") from None
+    return names
+
+
+def _run(job: Job, config: Path, directory: Path, title: str) -> None:
+    """Run the job in its own process group, with its output in ``log.txt`` and a progress bar on standard error."""
+    started = time.monotonic()
+    path = directory / "log.txt"
+    with path.open("w", encoding="utf-8") as log:
+        process = _start(job.command(config, directory), log, job.processes)
+        try:
+            _follow(process, directory / f"{PROGRESS}0", job.steps, title)
+        finally:
+            _end(process)
+    if process.returncode:
+        tail = "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+        raise JobFailed(f"{title} failed with exit code {process.returncode}; the end of {path}:\n{tail}")
+    print(f"{title}: done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def _start(command: Sequence[str], log: TextIO, processes: int) -> subprocess.Popen[bytes]:
+    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // processes)), **os.environ}
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+
+def _follow(process: subprocess.Popen[bytes], progress: Path, steps: int, title: str) -> None:
+    with tqdm(total=steps, desc=title, unit="step", leave=False, file=sys.stderr) as bar:
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if progress.exists():
+                bar.update(progress.stat().st_size - bar.n)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let nothing that the job started go on, if it was interrupted."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            try:
+                process.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _result(row: Row, run: Run) -> dict[str, Any]:
+    losses = [step.loss for step in run.first.steps]
+    evaluations = [asdict(evaluation) for evaluation in run.first.evaluations]
+    return {**asdict(row), "costs": asdict(run.costs()), "losses": losses, "evaluations": evaluations}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cores": _cores(),
+        "processor": platform.machine(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "deepspeed", "amdp_plugin")},
+        "load_average": os.getloadavg(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,143 @@
+"""The comparison as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from .measured import LAST_LOSSES, WARM_UP_STEPS, Run
+from .recording import STOCK
+
+HEADER = (
+    "configuration", "s/step", "tokens/s", "ratio", "predicted", "waiting by rank", "in flight by rank", "largest gap",
+    "train loss", "validation loss",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration's figures; see :class:`~.measured.Run`.
+
+    Args:
+        ratio: how many times the samples a second of the baseline.
+        predicted_ratio: the same, predicted from what actions and messages took in the baseline's run.
+        predicted_seconds_per_step: what that prediction is, in seconds.
+    """
+
+    name: str
+    engine: str
+    schedule: str
+    baseline: str
+    steps: int
+    warm_steps: int
+    stages: int
+    ranks: int
+    micro_batches: int
+    seconds_per_step: float
+    tokens_per_second: float | None
+    samples_per_second: float
+    ratio: float
+    predicted_ratio: float
+    predicted_seconds_per_step: float
+    waiting_share_by_rank: list[float]
+    running_share_by_rank: list[float]
+    peak_in_flight_by_rank: list[int]
+    largest_gap: int
+    first_train_loss: float | None
+    final_train_loss: float | None
+    final_validation_loss: float | None
+
+
+def rows(runs: Sequence[Run]) -> list[Row]:
+    """The figures of all runs, beside the first one of stock DeepSpeed, or the first one where none is."""
+    baseline = next((run for run in runs if run.first.engine == STOCK), runs[0])
+    return [_row(run, baseline) for run in runs]
+
+
+def _row(run: Run, baseline: Run) -> Row:
+    first, costs = run.first, baseline.costs()
+    predicted, reference = run.predicted_seconds(costs), baseline.predicted_seconds(costs)
+    # Windows may differ in size, so seconds are those of a micro-batch.
+    predicted_ratio = (reference / baseline.first.micro_batches) / (predicted / first.micro_batches)
+    return Row(
+        name=run.name,
+        engine=first.engine,
+        schedule=first.schedule,
+        baseline=baseline.name,
+        steps=len(first.steps),
+        warm_steps=min(map(len, run.intervals)),
+        stages=first.stages,
+        ranks=len(run.records),
+        micro_batches=first.micro_batches,
+        seconds_per_step=run.seconds_per_step,
+        tokens_per_second=run.tokens_per_second,
+        samples_per_second=run.samples_per_second,
+        ratio=run.samples_per_second / baseline.samples_per_second,
+        predicted_ratio=predicted_ratio,
+        predicted_seconds_per_step=predicted,
+        waiting_share_by_rank=run.waiting_share_by_rank,
+        running_share_by_rank=run.running_share_by_rank,
+        peak_in_flight_by_rank=run.peak_in_flight_by_rank,
+        largest_gap=run.largest_gap,
+        first_train_loss=first.steps[0].loss,
+        final_train_loss=run.final_train_loss,
+        final_validation_loss=run.final_validation_loss,
+    )
+
+
+def table(found: Sequence[Row], runs: Sequence[Run]) -> str:
+    """The figures as a Markdown table, and what they mean."""
+    samples = any(row.tokens_per_second is None for row in found)
+    header = ["samples/s" if samples and title == "tokens/s" else title for title in HEADER]
+    cells = [header, *(_cells(row, samples) for row in found)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    return "\n".join([*lines, "", *_notes(found), ""])
+
+
+def _cells(row: Row, samples: bool) -> list[str]:
+    rate = row.samples_per_second if samples else row.tokens_per_second or 0.0
+    return [
+        f"{row.name} ({row.engine} {row.schedule})",
+        f"{row.seconds_per_step:.4f}",
+        f"{rate:,.1f}" if samples else f"{rate:,.0f}",
+        f"{row.ratio:.3f}",
+        f"{row.predicted_ratio:.3f}",
+        " ".join(f"{share:.1%}" for share in row.waiting_share_by_rank),
+        " ".join(map(str, row.peak_in_flight_by_rank)),
+        str(row.largest_gap),
+        _loss(row.final_train_loss),
+        _loss(row.final_validation_loss),
+    ]
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def _notes(found: Sequence[Row]) -> list[str]:
+    row = found[0]
+    return [
+        f"{row.stages} stages on {row.ranks} ranks, windows of {row.micro_batches} micro-batches, {row.steps} steps.",
+        "",
+        f"- s/step: median time from the end of one training step to the end of the next, on the slowest rank, without "
+        f"the first {WARM_UP_STEPS} steps. It holds the script's own work between steps (data, progress), but not "
+        "evaluations and checkpoints. Tokens a second are at that pace.",
+        f"- ratio: samples a second, compared with {row.baseline}. predicted: the same from the plan, with the medians "
+        f"of what forwards, backwards, updates and messages took in the run of {row.baseline}.",
+        "- waiting: share of the time in which a rank waits for messages. in flight: the most micro-batches forwarded "
+        "and not yet backwarded. largest gap: the most updates between a forward and its backward, as measured.",
+        f"- train loss: mean of the last {LAST_LOSSES} steps. {_first_losses(found)}",
+    ]
+
+
+def _first_losses(found: Sequence[Row]) -> str:
+    losses = [row.first_train_loss for row in found]
+    if len(list(groupby(losses))) == 1:
+        return f"All began alike: their first step's loss is {losses[0]}."
+    pairs = ", ".join(f"{row.name} {row.first_train_loss}" for row in found)
+    return f"NOTE: the losses of the first step differ ({pairs}): other weights, data or precision."

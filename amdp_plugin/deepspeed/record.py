@@ -1,0 +1,276 @@
+"""Records a job from outside: what every rank did and waited for, for stock engines and ours alike.
+
+    python -m amdp_plugin --record DIR script.py ...
+
+Times are those of the host. On the CPU they are what the work took; a GPU works on after the host has gone on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.pipe import schedule as stock
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
+from ..runtime.timeline import RUN, WAIT, Timeline
+from .engine import ScheduledPipelineEngine
+from .recording import OURS, PROGRESS, STOCK, Evaluation, RankRecord, Step
+
+KEPT_EVENTS = 200_000
+WRITE_EVERY_SECONDS = 60.0
+RECORDED_METHODS = ("train_batch", "eval_batch", "save_checkpoint", "load_checkpoint")
+
+
+class Recorder:
+    """Records one engine.
+
+    Args:
+        engine: a ``PipelineEngine``, stock or ours.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._steps: list[tuple[Step, Any]] = []
+        self._evaluations: list[tuple[Evaluation, Any]] = []
+        self._interruptions: list[str] = []
+        self._tokens: int | None = None
+        self.busy = False
+        """Whether a call is being recorded."""
+        self._stock: StockTimeline | None = None
+        if isinstance(engine, ScheduledPipelineEngine):
+            self.timeline = engine.executor.timeline
+            self.timeline.keep(KEPT_EVENTS)
+        else:
+            self._stock = StockTimeline(engine)
+            self.timeline = self._stock.timeline
+        if engine.is_first_stage():
+            engine.module.register_forward_pre_hook(self._count_tokens)
+
+    @property
+    def rank(self) -> int:
+        """The engine's global rank."""
+        return int(self._engine.global_rank)
+
+    def call(self, name: str, function: Callable[[], Any]) -> Any:
+        """Record one call of the engine's method ``name``. What it calls is part of it."""
+        self.busy = True
+        try:
+            return self._train(function) if name == "train_batch" else self._aside(name, function)
+        finally:
+            self.busy = False
+
+    def interrupt(self, name: str) -> None:
+        """Note that something else was done between two steps."""
+        self._interruptions.append(name)
+
+    def record(self) -> RankRecord:
+        """Everything until now."""
+        ours = self._stock is None
+        executor: Any = self._engine.executor if ours else self._stock
+        totals = self.timeline.totals
+        return RankRecord(
+            rank=self._engine.global_rank,
+            stage=self._engine.stage_id,
+            engine=OURS if ours else STOCK,
+            schedule=executor.schedule.name if ours else "1f1b",
+            options=dict(executor.schedule.options) if ours else {},
+            stages=self._engine.num_stages,
+            micro_batches=self._engine.micro_batches,
+            steps=[_with_loss(step, loss) for step, loss in self._steps],
+            evaluations=[_with_loss(evaluation, loss) for evaluation, loss in self._evaluations],
+            events=list(self.timeline.events),
+            run_seconds=totals.run,
+            wait_seconds=totals.wait,
+            peak_in_flight=executor.peak_in_flight,
+            largest_gap=executor.largest_gap if ours else 0,
+        )
+
+    def _train(self, function: Callable[[], Any]) -> Any:
+        engine, start = self._engine, time.perf_counter()
+        with self._stock.recording() if self._stock else nullcontext():
+            loss = function()
+        end = time.perf_counter()
+        tokens = None if self._tokens is None else self._tokens * engine.micro_batches * engine.grid.data_parallel_size
+        step = Step(engine.global_steps, start, end, 0.0, engine.train_batch_size(), tokens, self._interruptions)
+        self._interruptions = []
+        self._steps.append((step, loss))
+        return loss
+
+    def _aside(self, name: str, function: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = function()
+        end = time.perf_counter()
+        self._interruptions.append(name)
+        if name == "eval_batch":
+            loss = result[0] if isinstance(result, tuple) else result
+            self._evaluations.append((Evaluation(self._engine.global_steps, start, end, None), loss))
+        return result
+
+    def _count_tokens(self, module: Any, arguments: tuple[Any, ...]) -> None:
+        """Token identifiers are the first input of integers, alone or in a tuple."""
+        inputs = arguments[0] if isinstance(arguments[0], tuple) else arguments
+        whole = [tensor for tensor in inputs if isinstance(tensor, Tensor) and not tensor.is_floating_point()]
+        if module.training and whole:
+            self._tokens = whole[0].numel()
+
+
+class StockTimeline:
+    """The instructions of a stock engine as events named like ours.
+
+    Attributes:
+        timeline: the events.
+        peak_in_flight: the most micro-batches that were forwarded and not yet backwarded.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.timeline = Timeline(KEPT_EVENTS)
+        self.peak_in_flight = 0
+        self._stage = engine.stage_id
+        self._counts: dict[type, int] = {}
+        self._recording = False
+        self._began: float | None = None
+        # The engine looks its instructions up through itself, so that this one engine can have its own.
+        engine._INSTRUCTION_MAP = {kind: self._wrap(kind, run) for kind, run in engine._INSTRUCTION_MAP.items()}
+        engine._aggregate_total_loss = self._wrap_loss(engine._aggregate_total_loss)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it instructions are recorded; those of evaluations, outside, are not."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def _wrap(self, kind: type, run: Callable[..., None]) -> Callable[..., None]:
+        if kind in _BEFORE:
+            return self._wrap_before(run)
+        if kind not in _EVENTS:
+            return run
+        shift, letter, phase = _EVENTS[kind]
+
+        @wraps(run)
+        def recorded(engine: Any, **arguments: Any) -> None:
+            if not self._recording:
+                return run(engine, **arguments)
+            index = self._counts.get(kind, 0)
+            self._counts[kind] = index + 1
+            began, self._began = self._began, None
+            with self.timeline.span(str(Action(self._stage + shift, letter, index)), phase, began):
+                run(engine, **arguments)
+            in_flight = self._counts.get(stock.ForwardPass, 0) - self._counts.get(stock.BackwardPass, 0)
+            self.peak_in_flight = max(self.peak_in_flight, in_flight)
+
+        return recorded
+
+    def _wrap_before(self, run: Callable[..., None]) -> Callable[..., None]:
+        """Loading counts as part of the forward that follows, reducing as part of the update, as with ours."""
+
+        @wraps(run)
+        def recorded(engine: Any, **arguments: Any) -> None:
+            if self._recording and self._began is None:
+                self._began = time.perf_counter()
+            run(engine, **arguments)
+
+        return recorded
+
+    def _wrap_loss(self, aggregate: Callable[[], Any]) -> Callable[[], Any]:
+        """All stages wait for the last one's loss at the end of a step."""
+
+        @wraps(aggregate)
+        def recorded() -> Any:
+            with self.timeline.span("loss", WAIT):
+                return aggregate()
+
+        return recorded
+
+
+_BEFORE = {stock.LoadMicroBatch, stock.ReduceTiedGrads, stock.ReduceGrads}
+_EVENTS: dict[type, tuple[int, str, str]] = {
+    stock.ForwardPass: (0, FORWARD, RUN),
+    stock.BackwardPass: (0, BACKWARD, RUN),
+    stock.OptimizerStep: (0, UPDATE, RUN),
+    stock.RecvActivation: (0, FORWARD, WAIT),
+    stock.RecvGrad: (0, BACKWARD, WAIT),
+    stock.SendActivation: (1, FORWARD, WAIT),
+    stock.SendGrad: (-1, BACKWARD, WAIT),
+}
+"""For every instruction the action that it is, or that its message is for: the stage (counted from the engine's) and
+the kind; and the phase."""
+
+
+def record_to(directory: Path) -> None:
+    """Record every pipeline engine of this process, and write ``directory/rank<r>.json`` every minute and at exit.
+
+    Where a job makes several engines, the file is that of the one which trained last.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    output = _Output(directory)
+
+    def wrap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def recorded(engine: Any, *args: Any, **kwargs: Any) -> Any:
+            recorder = output.recorder_of(engine)
+            if recorder.busy:
+                return method(engine, *args, **kwargs)
+            result = recorder.call(name, lambda: method(engine, *args, **kwargs))
+            if name == "train_batch":
+                output.stepped(recorder)
+            return result
+
+        return recorded
+
+    for kind in (PipelineEngine, ScheduledPipelineEngine):
+        for name in RECORDED_METHODS:
+            if kind is PipelineEngine or name in vars(kind):
+                setattr(kind, name, wrap(name, getattr(kind, name)))
+    atexit.register(output.write)
+
+
+class _Output:
+    """The files of one process."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._latest: Recorder | None = None
+        self._written = time.monotonic()
+        self._progress: int | None = None
+
+    def recorder_of(self, engine: Any) -> Recorder:
+        """The recorder of ``engine``, which keeps it."""
+        if not hasattr(engine, "amdp_recorder"):
+            engine.amdp_recorder = Recorder(engine)
+        recorder: Recorder = engine.amdp_recorder
+        return recorder
+
+    def stepped(self, recorder: Recorder) -> None:
+        """Count a step where others can see it, at the price of one byte, and write when it is time to."""
+        if self._progress is None:
+            path = self._directory / f"{PROGRESS}{recorder.rank}"
+            self._progress = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.write(self._progress, b".")
+        self._latest = recorder
+        if time.monotonic() - self._written > WRITE_EVERY_SECONDS:
+            self.write()
+            recorder.interrupt("record")
+
+    def write(self) -> None:
+        """Write what the engine that trained last has done."""
+        if self._latest is not None:
+            self._latest.record().write(self._directory)
+        self._written = time.monotonic()
+
+
+def _with_loss(entry: Any, loss: Any) -> Any:
+    """``entry`` with its loss as a number. Read only now: on a GPU that waits for the device."""
+    return replace(entry, loss=float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None)

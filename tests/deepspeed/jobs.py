@@ -1,0 +1,224 @@
+"""What the ranks of these tests do: real DeepSpeed engines, and the oracle of the same job."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+from torch import Tensor, nn
+
+import amdp_plugin
+from amdp_plugin.plan.schedules import make
+from amdp_plugin.runtime.serial import SerialPipeline
+from tests.processes import run_ranks
+from tests.runtime.models import KINDS, OPTIMIZERS, ROWS, Plain, Recomputed, data, loss
+
+
+class Masked(nn.Module):
+    """Takes a tensor or a tuple, returns a tuple: activations, and an integer mask that passes through."""
+
+    def __init__(self, main: Callable[[], nn.Module] = Plain) -> None:
+        super().__init__()
+        self.main = main()
+
+    def forward(self, value: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, mask = value if isinstance(value, tuple) else (value, (value > 0).all(-1, keepdim=True).long() + 1)
+        return self.main(x) * mask, mask
+
+
+class TwoPaths(nn.Module):
+    """Two floating-point tensors from stage to stage, which DeepSpeed backwards one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.side = Plain(), nn.Linear(6, 6)
+
+    def forward(self, value: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, side = value if isinstance(value, tuple) else (value, value)
+        return self.main(x), torch.tanh(self.side(side)) + x
+
+
+class Exact(nn.Module):
+    """Without dropout, row by row: micro-batches may be put together or cut apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    **KINDS,
+    "masked": Masked,
+    "masked, recomputed": lambda: Masked(Recomputed),
+    "two paths": TwoPaths,
+    "exact": Exact,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job.
+
+    Attributes:
+        schedule: the ``schedule`` section; ``None`` for stock DeepSpeed.
+        optimizer: a name in ``OPTIMIZERS``, given as an object; the config's own where it is ``None``.
+        config: more of the DeepSpeed configuration.
+        module: more arguments of ``PipelineModule``.
+    """
+
+    schedule: Any
+    stages: int = 2
+    size: int = 2
+    kind: str = "plain"
+    layers_per_stage: int = 1
+    optimizer: str | None = "sgd"
+    config: dict[str, Any] = field(default_factory=dict)
+    module: dict[str, Any] = field(default_factory=dict)
+    windows: int = 5
+    replicas: int = 1
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def world(self) -> int:
+        return self.stages * self.replicas
+
+    @property
+    def stock(self) -> Job:
+        return replace(self, schedule=None)
+
+
+def configuration(job: Job) -> dict[str, Any]:
+    """The DeepSpeed configuration of ``job``."""
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": job.size,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        **copy.deepcopy(job.config),
+    }
+    config = {key: value for key, value in config.items() if value is not None}
+    if job.schedule is not None:
+        config["pipeline"] = {**config.get("pipeline", {}), "schedule": job.schedule}
+    return config
+
+
+def build_layers(job: Job) -> list[nn.Module]:
+    """The same layers with the same weights wherever they are built."""
+    torch.manual_seed(5)
+    return [LAYERS[job.kind]().to(job.dtype) for _ in range(job.stages * job.layers_per_stage)]
+
+
+def make_engine(rank: int, job: Job, **arguments: Any) -> Any:
+    """The engine of ``job`` on this rank, with the rank's own random state."""
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed("gloo")
+    settings = {"loss_fn": loss, "partition_method": "uniform", "num_stages": job.stages, **job.module}
+    module = PipelineModule(build_layers(job), **settings)
+    parameters = list(module.parameters())
+    optimizer = OPTIMIZERS[job.optimizer](parameters) if job.optimizer else None
+    engine, *_ = amdp_plugin.initialize(
+        model=module, config=configuration(job), optimizer=optimizer, model_parameters=parameters, **arguments
+    )
+    torch.manual_seed(100 + rank)
+    return engine
+
+
+def weights(engine: Any) -> dict[str, Tensor]:
+    """A copy of this rank's stage."""
+    return {key: value.detach().clone() for key, value in engine.module.state_dict().items()}
+
+
+def stream(engine: Any, job: Job, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """This replica's micro-batches: number ``i`` of replica ``r`` is number ``i * replicas + r`` of all."""
+    replica = engine.grid.get_data_parallel_rank()
+    return itertools.islice(data(job.dtype), start * job.replicas + replica, None, job.replicas)
+
+
+def finish(engine: Any, losses: list[float]) -> dict[str, Any]:
+    """What the tests compare, with nothing in flight."""
+    executor = getattr(engine, "executor", None)
+    if executor is not None:
+        executor.quiesce()
+    return {
+        "weights": weights(engine),
+        "losses": losses,
+        "random": torch.get_rng_state(),
+        "learning_rate": engine.get_lr(),
+        "gap": executor.largest_gap if executor else 0,
+        "engine": type(engine).__name__,
+        "steps": engine.global_steps,
+    }
+
+
+def train(rank: int, job: Job) -> dict[str, Any]:
+    """Train ``job.windows`` windows."""
+    engine = make_engine(rank, job)
+    batches = stream(engine, job)
+    return finish(engine, [float(engine.train_batch(batches)) for _ in range(job.windows)])
+
+
+def run(job: Job) -> list[dict[str, Any]]:
+    """:func:`train` on all ranks of ``job``."""
+    return run_ranks(job.world, train, job)
+
+
+def oracle(
+    job: Job,
+    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    **options: Any,
+) -> tuple[SerialPipeline, list[float]]:
+    """The oracle of ``job``, trained, and the losses of its windows."""
+    pipeline = make_oracle(job, make_optimizer, **options)
+    return pipeline, pipeline.train(data(job.dtype), job.windows)
+
+
+def make_oracle(
+    job: Job,
+    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    **options: Any,
+) -> SerialPipeline:
+    """The oracle of ``job``, from its first weights."""
+    layers = build_layers(job)
+    parts = [layers[start : start + job.layers_per_stage] for start in range(0, len(layers), job.layers_per_stage)]
+    name = job.schedule["name"] if isinstance(job.schedule, dict) else job.schedule
+    schedule = make(name, job.stages, job.size)
+    seeds = [100 + stage for stage in range(job.stages)]
+    chosen = make_optimizer or OPTIMIZERS[str(job.optimizer)]
+    return SerialPipeline([nn.Sequential(*part) for part in parts], chosen, loss, schedule, seeds=seeds, **options)
+
+
+def assert_same_weights(left: dict[str, Tensor], right: dict[str, Tensor], where: str) -> None:
+    """Bit for bit, in the order of the stage's tensors (their names differ between the oracle and DeepSpeed)."""
+    assert len(left) == len(right)
+    for key, one, other in zip(left, left.values(), right.values(), strict=True):
+        assert torch.equal(one, other), f"{where}: {key} differs by up to {(one - other).abs().max()}"
+
+
+def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Two runs agree bit for bit: weights, losses, learning rates and random states."""
+    for rank, (left, right) in enumerate(zip(found, expected, strict=True)):
+        assert left["losses"] == right["losses"], f"rank {rank}"
+        assert left["learning_rate"] == right["learning_rate"], f"rank {rank}"
+        assert left["steps"] == right["steps"], f"rank {rank}"
+        assert_same_weights(left["weights"], right["weights"], f"rank {rank}")
+        assert torch.equal(left["random"], right["random"]), f"rank {rank}: random state"
+
+
+def assert_equals_oracle(found: list[dict[str, Any]], pipeline: SerialPipeline, losses: list[float] | None) -> None:
+    """A run without replicas agrees bit for bit with the oracle, and measured the gap that it had."""
+    for stage, result in enumerate(found):
+        assert_same_weights(result["weights"], pipeline.stages[stage].state_dict(), f"stage {stage}")
+        assert torch.equal(result["random"], pipeline._random[stage]), f"stage {stage}: random state"
+        gaps = [used.backward - used.forward for (at, _), used in pipeline.used.items() if at == stage]
+        assert result["gap"] == max(gaps)
+        if losses is not None:
+            assert result["losses"] == losses, f"stage {stage}"

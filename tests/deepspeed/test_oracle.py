@@ -1,0 +1,127 @@
+"""DeepSpeed engines compute, bit for bit, what the serial oracle computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.lr_schedules import WarmupDecayLR
+from torch import nn
+
+from tests.runtime.models import OPTIMIZERS
+
+from .jobs import Job, assert_equals_oracle, oracle, run
+
+REENTRANT = {"pipeline": {"activation_checkpoint_interval": 1}}
+NON_REENTRANT = {"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": False}}
+BF16 = {
+    "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_optimization": {"stage": 1},
+}
+WARMUP = {
+    "total_num_steps": 8, "warmup_min_lr": 0.001, "warmup_max_lr": 0.1, "warmup_num_steps": 4, "warmup_type": "linear"
+}  # fmt: skip
+
+SHAPES = [(2, 1), (2, 2), (2, 4), (3, 1), (3, 4), (4, 2), (4, 4), (4, 6)]
+
+
+@pytest.mark.parametrize(("stages", "size"), SHAPES)
+def test_paci(stages: int, size: int) -> None:
+    """Windows below, at and above the number of stages, with dropout."""
+    check(Job("paci", stages, size, optimizer={2: "sgd", 3: "adamw", 4: "fused"}[stages]))
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 2), (3, 4), (4, 2)])
+def test_flushed(stages: int, size: int) -> None:
+    check(Job("1f1b", stages, size, optimizer="adamw"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "modelled_by", "config"),
+    [
+        ("masked", "masked", {}),
+        ("tuples", "tuples", {}),
+        ("recomputed", "recomputed", {}),
+        ("plain", "recomputed", REENTRANT),
+        ("plain", "recomputed", NON_REENTRANT),
+        ("masked", "masked, recomputed", REENTRANT),
+        ("masked", "masked, recomputed", NON_REENTRANT),
+    ],
+)
+def test_tuples_and_recomputation(kind: str, modelled_by: str, config: dict[str, Any]) -> None:
+    """DeepSpeed's recomputation is that of a module that recomputes itself: a forward with the new weights."""
+    job = Job("paci", 3, 2, kind=kind, config=config)
+    check(job, replace(job, kind=modelled_by))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["paci", "1f1b"])
+def test_optimizer_of_the_configuration(name: str, fused: bool) -> None:
+    parameters = {"lr": 0.02, "torch_adam": True, "foreach": not fused, "fused": fused}
+    job = Job(name, 3, 2, optimizer=None, config={"optimizer": {"type": "AdamW", "params": parameters}})
+    check(job, make_optimizer=OPTIMIZERS["fused" if fused else "adamw"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_several_layers_on_a_stage(optimizer: str) -> None:
+    check(Job("paci", 2, 3, layers_per_stage=3, optimizer=optimizer))
+
+
+def test_learning_rate_scheduler() -> None:
+    """Every stage goes through the learning rates by its own updates."""
+
+    def scheduled(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = OPTIMIZERS["sgd"](parameters)
+        scheduler = WarmupDecayLR(optimizer, **WARMUP)
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
+        return optimizer
+
+    check(Job("paci", 3, 2, config={"scheduler": {"type": "WarmupDecayLR", "params": WARMUP}}), make_optimizer=scheduled)
+
+
+def test_clipping_is_by_the_norm_of_the_stage() -> None:
+    def clip(parameters: list[nn.Parameter]) -> None:
+        norm = torch.stack([parameter.grad.norm() for parameter in parameters]).pow(2.0).sum().pow(0.5)
+        assert norm > 0.05, "the case must clip"
+        for parameter in parameters:
+            parameter.grad.mul_(torch.tensor([0.05]) / (norm + 1e-6))
+
+    check(Job("paci", 3, 2, config={"gradient_clipping": 0.05}), before_step=clip)
+
+
+@pytest.mark.parametrize(("name", "optimizer"), [("paci", "sgd"), ("paci", "fused"), ("1f1b", "adamw")])
+def test_bf16_with_sums_and_masters_in_fp32(name: str, optimizer: str) -> None:
+    config = {**BF16, "communication_data_type": "fp32"}
+    check(Job(name, 3, 2, optimizer=optimizer, config=config, dtype=torch.bfloat16), master_dtype=torch.float32)
+
+
+def test_bf16_reduces_in_bf16_unless_told() -> None:
+    """DeepSpeed rounds the sum to bf16 where it would reduce it over replicas, though there are none."""
+
+    def round_gradients(parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.grad.copy_(parameter.grad.to(torch.bfloat16))
+
+    job = Job("paci", 3, 2, config=BF16, dtype=torch.bfloat16)
+    check(job, master_dtype=torch.float32, before_step=round_gradients)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_zero_1(optimizer: str) -> None:
+    check(Job("paci", 3, 2, optimizer=optimizer, config={"zero_optimization": {"stage": 1}}))
+
+
+def check(
+    job: Job,
+    modelled: Job | None = None,
+    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    **options: Any,
+) -> None:
+    """``job`` equals the oracle of ``modelled``, by default of the same job."""
+    found = run(job)
+    pipeline, losses = oracle(modelled or job, make_optimizer, **options)
+    assert_equals_oracle(found, pipeline, losses)

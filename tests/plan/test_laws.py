@@ -1,0 +1,208 @@
+"""Every program that the scheduler generates obeys the laws, whatever the schedule and the costs."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from amdp_plugin.plan import schedules
+from amdp_plugin.plan.action import Action
+from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.placement import Placement
+from amdp_plugin.plan.scheduler import Scheduler
+from amdp_plugin.plan.simulate import in_flight, simulate
+from amdp_plugin.plan.verify import verify
+from amdp_plugin.plan.versions import versions
+
+from .strategies import BIDIRECTIONAL, cases, made, named, shifted_pairs
+
+SLOW = settings(deadline=None, max_examples=120)
+
+
+@SLOW
+@given(cases(), st.integers(1, 6))
+def test_generated_programs_obey_the_laws(case, windows):
+    schedule, costs = case
+    verify(Scheduler(schedule, costs).program(windows))
+
+
+@SLOW
+@given(cases())
+def test_windows_cover_every_action_once_and_in_turn(case):
+    """Independent of ``verify``: what the rows hold, counted."""
+    schedule, costs = case
+    size, windows = schedule.micro_batches, 4
+    program = Scheduler(schedule, costs).program(windows)
+    counts = Counter(action for row in program.rows for action in row)
+    for stage in range(schedule.num_stages):
+        for micro_batch in range(windows * size):
+            assert counts[Action(stage, "F", micro_batch)] == 1
+            assert counts[Action(stage, "B", micro_batch)] == 1
+    for rank, row in enumerate(program.rows):
+        for stage in schedule.placement.stages[rank]:
+            updates = [action.index for action in row if action.stage == stage and action.kind == "U"]
+            assert updates == list(range(len(updates)))
+            assert schedule.update_delay or len(updates) == windows
+
+
+@SLOW
+@given(cases())
+def test_two_schedulers_agree(case):
+    schedule, costs = case
+    first, second = Scheduler(schedule, costs), Scheduler(schedule, costs)
+    second.window(7)
+    assert [first.window(index) for index in range(8)] == [second.window(index) for index in range(8)]
+
+
+class _Forgetful(dict):
+    """Never recognizes a state, so that every window is simulated."""
+
+    def setdefault(self, key, default=None):
+        return default
+
+
+@SLOW
+@given(cases())
+def test_repeated_windows_equal_simulated_ones(case):
+    schedule, costs = case
+    recognizing, simulating = Scheduler(schedule, costs), Scheduler(schedule, costs)
+    simulating._states = _Forgetful()
+    windows = 40
+    assert [recognizing.window(index) for index in range(windows)] == [
+        simulating.window(index) for index in range(windows)
+    ]
+    assert simulating.period is None
+
+
+@pytest.mark.parametrize("stages,micro_batches", [(1, 1), (2, 1), (4, 4), (8, 8), (5, 3), (16, 4)])
+@pytest.mark.parametrize("name", ["paci", "1f1b", "gpipe"])
+def test_equal_stages_repeat_soon(name, stages, micro_batches):
+    scheduler = Scheduler(schedules.make(name, stages, micro_batches))
+    first, last = scheduler.steady_windows()
+    assert scheduler.period == last - first == 1
+    assert last <= stages + 3
+
+
+@SLOW
+@given(cases())
+def test_in_flight_and_gap_stay_within_the_stated_bounds(case):
+    """Independent of ``verify``: counted per direction and stage from the rows alone."""
+    schedule, costs = case
+    program = Scheduler(schedule, costs).program(5)
+    flying: Counter = Counter()
+    for rank, row in enumerate(program.rows):
+        for stage, kind, index in row:
+            lane = (rank, stage, index % schedule.placement.directions)
+            flying[lane] += {"F": 1, "B": -1}.get(kind, 0)
+            assert flying[lane] <= schedule.in_flight[stage]
+    for (stage, _), version in versions(program).items():
+        assert 0 <= version.gap <= min(schedule.max_gap[stage], version.staleness)
+        assert not schedule.flush or version.staleness == 0
+
+
+@SLOW
+@given(named(), st.data())
+def test_paci_gap_is_stated_exactly_for_any_costs(schedule, data):
+    """The stated bound holds for uneven stages too, and nothing smaller would."""
+    costs = CostModel(
+        tuple(data.draw(st.sampled_from([0.5, 1.0, 3.0])) for _ in range(schedule.num_stages)),
+        tuple(data.draw(st.sampled_from([0.5, 2.0, 5.0])) for _ in range(schedule.num_stages)),
+        (0.0,) * schedule.num_stages,
+    )
+    found = versions(Scheduler(schedule, costs).program(8))
+    assert all(version.gap <= schedule.max_gap[stage] for (stage, _), version in found.items())
+
+
+@SLOW
+@given(cases())
+def test_times_respect_order_durations_and_messages(case):
+    """Independent of ``play``: every time checked against the definition."""
+    schedule, costs = case
+    program = Scheduler(schedule, costs).program(3)
+    timing = simulate(program, costs)
+    times = {
+        (rank, action): span
+        for rank, row in enumerate(program.rows)
+        for action, span in zip(row, timing.spans[rank], strict=True)
+    }
+    link = round(costs.link_latency * 1e9)
+    seconds = {"F": costs.forward, "B": costs.backward, "U": costs.update, "R": (0.0,) * schedule.num_stages}
+    for (rank, action), (start, end) in times.items():
+        assert end - start == round(seconds[action.kind][action.stage] * 1e9)
+        target = schedule.message(rank, action)
+        if target in times:
+            assert times[target][0] >= end + link
+    for spans in timing.spans:
+        assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+
+
+def test_in_flight_counts_forwards_not_yet_backwarded():
+    program = Scheduler(schedules.make("paci", 2, 2)).program(1)
+    assert [str(action) for action in program.rows[0]] == ["0F0", "0F1", "0B0", "0F2", "0B1", "0U0"]
+    assert in_flight(program, 0) == [1, 2, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("placement", [BIDIRECTIONAL, shifted_pairs(4), shifted_pairs(8)])
+@pytest.mark.parametrize("flush", [False, True])
+def test_replicas_reduce_then_the_home_updates_then_the_guests(placement, flush):
+    schedule = made(placement, 2 * placement.directions, flush=flush)
+    costs = CostModel.uniform(placement.num_stages, link_latency=0.1, update=0.5)
+    program = Scheduler(schedule, costs).program(3)
+    verify(program)
+    times = {
+        (rank, action): span
+        for rank, row in enumerate(program.rows)
+        for action, span in zip(row, simulate(program, costs).spans[rank], strict=True)
+    }
+    for stage, (home, *guests) in enumerate(placement.holders):
+        assert guests
+        for window in range(3):
+            update = times[home, Action(stage, "U", window)]
+            for rank in (home, *guests):
+                assert times[rank, Action(stage, "R", window)][1] <= update[0]
+            for guest in guests:
+                assert times[guest, Action(stage, "U", window)][0] >= update[1] + 100_000_000
+
+
+@pytest.mark.parametrize("placement", [Placement.one_direction(3), BIDIRECTIONAL, shifted_pairs(6)])
+@pytest.mark.parametrize("delay", [1, 2, 3])
+def test_a_delayed_update_stands_that_many_backwards_later(placement, delay):
+    schedule = made(placement, 4 * placement.directions, update_delay=delay)
+    program = Scheduler(schedule).program(4)
+    verify(program)
+    for rank, row in enumerate(program.rows):
+        for stage in placement.stages[rank]:
+            own = [action for action in row if action.stage == stage]
+            per_window = schedule.backwards_per_window(rank, stage)
+            for window in range(3):
+                before = own[: own.index(Action(stage, "U", window))]
+                done = sum(action.kind == "B" for action in before)
+                assert done == (window + 1) * per_window + delay
+
+
+def test_a_shared_stage_updates_at_most_one_window_late():
+    with pytest.raises(ValueError, match="at most one window late, so update_delay is at most 2, got 3"):
+        made(BIDIRECTIONAL, 4, update_delay=3)
+
+
+def test_costs_of_another_depth_are_refused():
+    with pytest.raises(ValueError, match="costs of 3 stages for a schedule of 4"):
+        Scheduler(schedules.make("paci", 4, 4), CostModel.uniform(3))
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"forward": (0.0, 1.0)}, "at least a nanosecond"),
+        ({"backward": (1.0, float("inf"))}, "finite"),
+        ({"update": (0.0, -1.0)}, "cannot be negative"),
+        ({"link_latency": float("nan")}, "finite"),
+        ({"link_bandwidth": 0.0}, "must be positive"),
+        ({"update": (0.0,)}, "one entry a stage; got 2, 2 and 1"),
+    ],
+)
+def test_costs_that_make_no_sense_are_refused(change, message):
+    good = {"forward": (1.0, 1.0), "backward": (2.0, 2.0), "update": (0.0, 0.0)}
+    with pytest.raises(ValueError, match=message):
+        CostModel(**{**good, **change})

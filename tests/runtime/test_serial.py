@@ -1,0 +1,104 @@
+"""The oracle itself, against plain training and against a closed form."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from amdp_plugin.plan.schedules import make
+from amdp_plugin.runtime.serial import SerialPipeline
+
+from .models import build_stages, data, loss, make_adamw
+
+
+class Scale(nn.Module):
+    """Multiplies by one weight, so that every gradient can be written down."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_a_flush_is_gradient_accumulation(schedule: str) -> None:
+    """Law 6: a synchronous schedule equals one model trained with gradient accumulation."""
+    stages = build_stages("plain", 3)
+    oracle = SerialPipeline(stages, make_adamw, loss, make(schedule, 3, 4), seeds=[0, 1, 2])
+    for stage in stages:
+        stage.eval()  # one model has one stream of random numbers, a pipeline one a stage
+    model = nn.Sequential(*build_stages("plain", 3)).eval()
+    optimizer, micro_batches = make_adamw(list(model.parameters())), data()
+    means = oracle.train(data(), 3)
+    for mean in means:
+        losses = [loss(model(x), y) for x, y in islice(micro_batches, 4)]
+        (sum(losses) / 4).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert mean == pytest.approx(float(sum(losses) / 4), rel=1e-6)
+    for found, expected in zip(nn.Sequential(*stages).parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_paci_by_hand() -> None:
+    """Two stages, windows of one: the closed form of every gradient, with the versions that PACI names.
+
+    y = w1 * w0 * x and loss = y, so dL/dw1 = w0 * x and dL/dw0 = w1 * x. Stage 1 has one micro-batch in
+    flight and no gap. Stage 0 forwards micro-batch m after its update m - 1 (for m > 1), before its update m.
+    """
+    rate, xs = 0.1, [1.0, 2.0, -1.0, 3.0, 0.5]
+    w0, w1 = [1.0], [2.0]
+    for m, x in enumerate(xs):
+        forward_w0 = w0[max(0, m - 1)]
+        upstream = w1[m]
+        w1.append(w1[m] - rate * forward_w0 * x)
+        w0.append(w0[m] - rate * upstream * x)
+    stages = [Scale(1.0), Scale(2.0)]
+    oracle = SerialPipeline(
+        stages, lambda p: torch.optim.SGD(p, lr=rate), lambda out, _: out.sum(), make("paci", 2, 1)
+    )
+    oracle.train(((torch.tensor([x], dtype=torch.float64), None) for x in xs), len(xs))
+    assert stages[0].weight.item() == pytest.approx(w0[-1], rel=1e-12)
+    assert stages[1].weight.item() == pytest.approx(w1[-1], rel=1e-12)
+    assert [oracle.used[0, m].forward for m in range(5)] == [0, 0, 1, 2, 3]
+    assert [oracle.used[0, m].backward for m in range(5)] == [0, 1, 2, 3, 4]
+
+
+class Deep(nn.Module):
+    """w1 * w0 * x in one stage: the delayed gradient of w0 shows which w1 the backward used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Scale(1.0), Scale(2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_the_delayed_backward_uses_the_new_weights() -> None:
+    """Stage 0 backwards micro-batch 1 after its update 0: dL/d(first) takes the updated ``second``."""
+    rate, xs = 0.1, [1.0, 2.0]
+    a, b = 1.0, 2.0  # first and second of stage 0; stage 1 multiplies by 1 and does not learn
+    new_a, new_b = a - rate * b * xs[0], b - rate * a * xs[0]
+    expected_a = new_a - rate * new_b * xs[1]  # old weights would give new_a - rate * b * xs[1]
+    expected_b = new_b - rate * a * xs[1]  # the activation first(x) is the one of the forward
+    deep, frozen = Deep(), Scale(1.0)
+    oracle = SerialPipeline(
+        [deep, frozen],
+        lambda p: torch.optim.SGD(p, lr=rate if len(p) == 2 else 0.0),
+        lambda out, _: out.sum(),
+        make("paci", 2, 1),
+    )
+    oracle.train(((torch.tensor([x], dtype=torch.float64), None) for x in xs), 2)
+    assert deep.first.weight.item() == pytest.approx(expected_a, rel=1e-12)
+    assert deep.second.weight.item() == pytest.approx(expected_b, rel=1e-12)
+
+
+def test_what_it_refuses() -> None:
+    with pytest.raises(ValueError, match="3 stages for a schedule of 2"):
+        SerialPipeline(build_stages("plain", 3), make_adamw, loss, make("paci", 2, 1))
