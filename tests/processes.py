@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # torch imports it with the first optimizer: three seconds that every rank would spend anew
 import torch.distributed as dist
 
 torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 from tqdm import tqdm
 
 from .compare_table import Row, rows, table
@@ -23,6 +24,8 @@ from .measured import Run
 from .recording import PROGRESS, read_records
 
 POLL_SECONDS = 0.2
+SECONDS_PER_FRAME, SECONDS_PER_LINE = 0.2, 10.0
+"""Between two pictures of the progress bar, on a terminal and in a log."""
 LOG_LINES = 40
 SECONDS_TO_END = 10.0
 
@@ -75,8 +78,8 @@ def compare(configs: Sequence[Path], job: Job, output: Path) -> str:
         directory = output / "runs" / name
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        _run(job, config, directory, f"[{number}/{len(names)}] {name}")
-        runs.append(Run(name, read_records(directory)))
+        others = _run(job, config, directory, f"[{number}/{len(names)}] {name}")
+        runs.append(Run(name, read_records(directory), others))
     return write(runs, output, {"steps": job.steps, "processes": job.processes, "script": str(job.script)})
 
 
@@ -85,7 +88,7 @@ def write(runs: Sequence[Run], output: Path, about: dict[str, Any]) -> str:
     from .compare_picture import picture, trace
 
     found = rows(runs)
-    text = table(found, runs)
+    text = table(found)
     (output / "table.md").write_text(text, encoding="utf-8")
     (output / "comparison.png").write_bytes(picture(runs))
     (output / "comparison.trace.json").write_text(trace(runs), encoding="utf-8")
@@ -110,9 +113,13 @@ def _check(configs: Sequence[Path], job: Job) -> list[str]:
     return names
 
 
-def _run(job: Job, config: Path, directory: Path, title: str) -> None:
-    """Run the job in its own process group, with its output in ``log.txt`` and a progress bar on standard error."""
-    started = time.monotonic()
+def _run(job: Job, config: Path, directory: Path, title: str) -> float | None:
+    """Run the job in its own process group, with its output in ``log.txt`` and a progress bar on standard error.
+
+    Returns:
+        The cores that other processes kept busy meanwhile, where that can be known.
+    """
+    started, busy = time.monotonic(), _others_seconds()
     path = directory / "log.txt"
     with path.open("w", encoding="utf-8") as log:
         process = _start(job.command(config, directory), log, job.processes)
@@ -123,7 +130,10 @@ def _run(job: Job, config: Path, directory: Path, title: str) -> None:
     if process.returncode:
         tail = "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
         raise JobFailed(f"{title} failed with exit code {process.returncode}; the end of {path}:\n{tail}")
-    print(f"{title}: done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    seconds = time.monotonic() - started
+    print(f"{title}: done in {seconds:.0f} s", file=sys.stderr, flush=True)
+    after = _others_seconds()
+    return None if busy is None or after is None else max(0.0, after - busy) / seconds
 
 
 def _start(command: Sequence[str], log: TextIO, processes: int) -> subprocess.Popen[bytes]:
@@ -132,7 +142,8 @@ def _start(command: Sequence[str], log: TextIO, processes: int) -> subprocess.Po
 
 
 def _follow(process: subprocess.Popen[bytes], progress: Path, steps: int, title: str) -> None:
-    with tqdm(total=steps, desc=title, unit="step", leave=False, file=sys.stderr) as bar:
+    interval = SECONDS_PER_FRAME if sys.stderr.isatty() else SECONDS_PER_LINE
+    with tqdm(total=steps, desc=title, unit="step", leave=False, file=sys.stderr, mininterval=interval) as bar:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
             if progress.exists():
@@ -158,6 +169,17 @@ def _result(row: Row, run: Run) -> dict[str, Any]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _others_seconds() -> float | None:
+    """Seconds that all cores of the machine have worked, without the work of this process's ended children.
+
+    ``None`` where the system's count covers more cores than this process may use.
+    """
+    if psutil.cpu_count() != _cores():
+        return None
+    system, own = psutil.cpu_times(), os.times()
+    return system.user + system.system - own.children_user - own.children_system
 
 
 def _machine() -> dict[str, Any]:

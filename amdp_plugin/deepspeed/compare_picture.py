@@ -39,7 +39,8 @@ def picture(runs: Sequence[Run]) -> bytes:
 
     lines = sum(len(run.records) for run in runs) + GAP_BETWEEN_RUNS * (len(runs) - 1)
     timeline_height = 0.5 + lines * INCHES_PER_RANK
-    figure = Figure(figsize=(WIDTH, CURVES_HEIGHT + timeline_height + REST_HEIGHT), dpi=DOTS_PER_INCH, layout="constrained")
+    size = (WIDTH, CURVES_HEIGHT + timeline_height + REST_HEIGHT)
+    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, height_ratios=(CURVES_HEIGHT, timeline_height))
     over_tokens = figure.add_subplot(grid[0, 0])
@@ -60,7 +61,7 @@ def _draw_losses(axes: Axes, runs: Sequence[Run], over: str) -> None:
         each = run.first.steps[-1].tokens or run.first.steps[-1].samples
         across = [step.step * each if over == "tokens" else step.end - start for step in steps]
         axes.plot(across, losses, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(across, _smooth(losses), color=colour, linewidth=1.8, label=f"{run.name}, training")
+        axes.plot(across, _smooth(losses), color=colour, linewidth=1.8, label=f"{run.label}, training")
         held_out = [
             (evaluation.step * each if over == "tokens" else evaluation.end - start, evaluation.loss)
             for evaluation in run.first.evaluations
@@ -69,10 +70,13 @@ def _draw_losses(axes: Axes, runs: Sequence[Run], over: str) -> None:
         if held_out:
             places, values = zip(*held_out, strict=True)
             style: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 6, "markeredgecolor": "white"}
-            axes.plot(places, values, color=colour, label=f"{run.name}, validation", zorder=4, **style)
+            axes.plot(places, values, color=colour, label=f"{run.label}, validation", zorder=4, **style)
     tokens = "tokens" if runs[0].first.steps[-1].tokens else "samples"
-    axes.set_title(f"loss over {tokens if over == 'tokens' else 'seconds, evaluations included'}", fontsize=10, loc="left")
-    axes.set_xlabel(tokens if over == "tokens" else "seconds since the first step began", fontsize=9)
+    title, label = f"loss over {tokens}", tokens
+    if over == "seconds":
+        title, label = "loss over seconds, evaluations included", "seconds since the first step began"
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(label, fontsize=9)
     axes.set_ylabel("loss", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(color="#eeeeee")
@@ -92,7 +96,7 @@ def _draw_timeline(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
     for run in runs:
         start = _undisturbed(run)
         for record in run.records:
-            ticks.append((line, f"{run.name}  rank {record.rank}"))
+            ticks.append((line, f"{run.label}  rank {record.rank}"))
             _draw_rank(axes, record, line, start, length)
             line += 1
         line += GAP_BETWEEN_RUNS
@@ -161,7 +165,7 @@ def trace(runs: Sequence[Run]) -> str:
 
 def _trace_events(run: Run, process: int) -> Iterator[dict[str, Any]]:
     origin = min(record.steps[0].start for record in run.records)
-    yield {"ph": "M", "pid": process, "name": "process_name", "args": {"name": f"{run.name} (measured)"}}
+    yield {"ph": "M", "pid": process, "name": "process_name", "args": {"name": f"{run.label} (measured)"}}
     for record in run.records:
         track = {"pid": process, "tid": record.rank}
         yield {**track, "ph": "M", "name": "thread_name", "args": {"name": f"rank {record.rank}, stage {record.stage}"}}

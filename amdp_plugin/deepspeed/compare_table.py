@@ -13,6 +13,8 @@ HEADER = (
     "configuration", "s/step", "tokens/s", "ratio", "predicted", "waiting by rank", "in flight by rank", "largest gap",
     "train loss", "validation loss",
 )  # fmt: skip
+DISTURBING_CORES = 0.2
+"""Cores busy with other work from which on times are not to be trusted."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Row:
     first_train_loss: float | None
     final_train_loss: float | None
     final_validation_loss: float | None
+    others_cores: float | None
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
@@ -83,10 +86,11 @@ def _row(run: Run, baseline: Run) -> Row:
         first_train_loss=first.steps[0].loss,
         final_train_loss=run.final_train_loss,
         final_validation_loss=run.final_validation_loss,
+        others_cores=run.others_cores,
     )
 
 
-def table(found: Sequence[Row], runs: Sequence[Run]) -> str:
+def table(found: Sequence[Row]) -> str:
     """The figures as a Markdown table, and what they mean."""
     samples = any(row.tokens_per_second is None for row in found)
     header = ["samples/s" if samples and title == "tokens/s" else title for title in HEADER]
@@ -132,7 +136,16 @@ def _notes(found: Sequence[Row]) -> list[str]:
         "- waiting: share of the time in which a rank waits for messages. in flight: the most micro-batches forwarded "
         "and not yet backwarded. largest gap: the most updates between a forward and its backward, as measured.",
         f"- train loss: mean of the last {LAST_LOSSES} steps. {_first_losses(found)}",
+        *_disturbances(found),
     ]
+
+
+def _disturbances(found: Sequence[Row]) -> list[str]:
+    disturbed = [row for row in found if (row.others_cores or 0.0) > DISTURBING_CORES]
+    busy = [f"{row.others_cores:.1f} during {row.name}" for row in disturbed]
+    if not busy:
+        return []
+    return [f"- NOTE: other work on this machine kept cores busy ({', '.join(busy)}); do not trust the times."]
 
 
 def _first_losses(found: Sequence[Row]) -> str:

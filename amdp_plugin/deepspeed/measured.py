@@ -17,7 +17,7 @@ from ..plan.schedule import Schedule
 from ..plan.scheduler import Scheduler
 from ..plan.simulate import steady_state
 from ..runtime.timeline import RUN, WAIT, Event
-from .recording import RankRecord, Step
+from .recording import STOCK, RankRecord, Step
 
 WARM_UP_STEPS = 5
 """Steps that are left out at the start, or a third of them where that is less: they compile, allocate and fill."""
@@ -45,10 +45,17 @@ class Run:
     Args:
         name: what it is called in tables and pictures.
         records: all its ranks'.
+        others_cores: cores that other processes of the machine kept busy meanwhile; ``None`` where that is unknown.
     """
 
     name: str
     records: Sequence[RankRecord]
+    others_cores: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name, and whether it is stock DeepSpeed."""
+        return f"{self.name} ({STOCK})" if self.first.engine == STOCK else self.name
 
     @property
     def first(self) -> RankRecord:

@@ -77,7 +77,8 @@ class SerialPipeline:
         self._parameters = [[p for p in stage.parameters() if p.requires_grad] for stage in stages]
         self._masters = [[_master(p, master_dtype) for p in parameters] for parameters in self._parameters]
         self.optimizers = [make_optimizer(masters) for masters in self._masters]
-        self.random_states = [_random_state(seed) for seed in seeds] if seeds else [torch.get_rng_state() for _ in stages]
+        present = torch.get_rng_state()
+        self.random_states = [_random_state(seed) for seed in seeds] if seeds else [present.clone() for _ in stages]
         self._data: dict[int, tuple[Any, Any]] = {}
         self._losses: dict[int, Tensor] = {}
         self._flying: dict[tuple[int, int], tuple[Tensors, Tensors, int]] = {}

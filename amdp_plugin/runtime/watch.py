@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
+
+import torch.distributed
 
 from ..plan.action import Action
 from .timeline import WAIT, Timeline
@@ -51,23 +54,33 @@ class Watch:
 
     @contextmanager
     def guard(self, what: str, action: Action | None, peer: int | None = None) -> Iterator[None]:
-        """Turn a transport's error in the enclosed block into a :class:`PipelineStallError`."""
+        """Turn a transport's error in the enclosed block into a :class:`PipelineStallError`; let others pass."""
         try:
             yield
         except PipelineStallError:
             raise
         except RuntimeError as error:
-            raise PipelineStallError(self._message(what, action, peer, error)) from error
+            if not _of_transport(error):
+                raise
+            raise PipelineStallError(self._message(what, action, peer, str(error))) from error
 
-    def _message(self, what: str, action: Action | None, peer: int | None, error: RuntimeError) -> str:
-        late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+    def _message(self, what: str, action: Action | None, peer: int | None, error: str) -> str:
         stage = f", stage {action.stage}, at {action}" if action else ""
         whom = f" with rank {peer}" if peer is not None else ""
         why = (
             f"did not complete within {self.timeout.total_seconds():g} s: the peer is stuck or slower than that "
             "(raise the schedule's timeout_seconds if it is only slow)"
-            if late
+            if _LATE.search(error)
             else "failed: the peer is gone (look for the first error in the other ranks' logs)"
         )
         done = f"the last action done here is {self.last_done}" if self.last_done else "no action was done here yet"
-        return f"pipeline rank {self.rank}{stage}: {what}{whom} {why}; {done}. Transport: {str(error).splitlines()[0]}"
+        return f"pipeline rank {self.rank}{stage}: {what}{whom} {why}; {done}. Transport: {error.splitlines()[0]}"
+
+
+_LATE = re.compile("timed? ?out", re.IGNORECASE)
+_TRANSPORT = re.compile(r"gloo|nccl|socket|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
+
+
+def _of_transport(error: RuntimeError) -> bool:
+    """Whether ``error`` comes from a process group; gloo raises plain ``RuntimeError``."""
+    return isinstance(error, torch.distributed.DistError) or _TRANSPORT.search(str(error)) is not None

@@ -10,14 +10,20 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.comm.torch import build_shm_op
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
 import amdp_plugin
+import amdp_plugin.deepspeed.entry
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.serial import SerialPipeline
 from tests.processes import run_ranks
 from tests.runtime.models import KINDS, OPTIMIZERS, ROWS, Plain, Recomputed, data, loss
+
+
+# What every rank would do anew: build (the first time ever) and load an extension, try which others would build.
+build_shm_op()
 
 
 class Masked(nn.Module):
@@ -73,6 +79,8 @@ class Job:
         optimizer: a name in ``OPTIMIZERS``, given as an object; the config's own where it is ``None``.
         config: more of the DeepSpeed configuration.
         module: more arguments of ``PipelineModule``.
+        replicas: data-parallel replicas.
+        alike: whether all replicas get the same micro-batches and random numbers.
     """
 
     schedule: Any
@@ -85,6 +93,7 @@ class Job:
     module: dict[str, Any] = field(default_factory=dict)
     windows: int = 5
     replicas: int = 1
+    alike: bool = False
     dtype: torch.dtype = torch.float32
 
     @property
@@ -128,7 +137,7 @@ def make_engine(rank: int, job: Job, **arguments: Any) -> Any:
     engine, *_ = amdp_plugin.initialize(
         model=module, config=configuration(job), optimizer=optimizer, model_parameters=parameters, **arguments
     )
-    torch.manual_seed(100 + rank)
+    torch.manual_seed(100 + (engine.stage_id if job.alike else rank))
     return engine
 
 
@@ -139,6 +148,8 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
 def stream(engine: Any, job: Job, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """This replica's micro-batches: number ``i`` of replica ``r`` is number ``i * replicas + r`` of all."""
+    if job.alike:
+        return itertools.islice(data(job.dtype), start, None)
     replica = engine.grid.get_data_parallel_rank()
     return itertools.islice(data(job.dtype), start * job.replicas + replica, None, job.replicas)
 
@@ -156,6 +167,7 @@ def finish(engine: Any, losses: list[float]) -> dict[str, Any]:
         "gap": executor.largest_gap if executor else 0,
         "engine": type(engine).__name__,
         "steps": engine.global_steps,
+        "stage": engine.stage_id,
     }
 
 
@@ -214,10 +226,11 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
 
 
 def assert_equals_oracle(found: list[dict[str, Any]], pipeline: SerialPipeline, losses: list[float] | None) -> None:
-    """A run without replicas agrees bit for bit with the oracle, and measured the gap that it had."""
-    for stage, result in enumerate(found):
+    """A run without replicas, or with replicas that are alike, agrees bit for bit with the oracle, and measured the gap that it had."""
+    for result in found:
+        stage = result["stage"]
         assert_same_weights(result["weights"], pipeline.stages[stage].state_dict(), f"stage {stage}")
-        assert torch.equal(result["random"], pipeline._random[stage]), f"stage {stage}: random state"
+        assert torch.equal(result["random"], pipeline.random_states[stage]), f"stage {stage}: random state"
         gaps = [used.backward - used.forward for (at, _), used in pipeline.used.items() if at == stage]
         assert result["gap"] == max(gaps)
         if losses is not None:

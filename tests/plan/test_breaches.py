@@ -1,6 +1,7 @@
 """Programs that break a law: each is caught, with the law, the cell and who owes it."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -185,7 +186,7 @@ def _swapped_collectives(program: Program):
     holders = program.schedule.placement.holders
     for rank, row in enumerate(program.rows):
         meetings = [at for at, action in enumerate(row) if action.kind in "RU"]
-        for at, next_at in zip(meetings, meetings[1:], strict=False):
+        for at, next_at in pairwise(meetings):
             first, then = row[at], row[next_at]
             if first.stage != then.stage and len(set(holders[first.stage]) & set(holders[then.stage])) > 1:
                 swapped = list(row)

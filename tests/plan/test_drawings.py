@@ -1,5 +1,6 @@
 """Programs as text grids, pictures and traces."""
 
+import io
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 
 from amdp_plugin.plan import schedules
 from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.picture import png
 from amdp_plugin.plan.program import Program
 from amdp_plugin.plan.render import text_grid
 from amdp_plugin.plan.report import report
@@ -26,6 +28,8 @@ time    0   1   2   3   4   5   6   7   8
 rank 0  0F0 0F1 .   .   0B0 -   0F2 0B1 -*
 rank 1  .   1F0 1B0 -   1F1 1B1 -*
 . idle   - still at work   * update   + reduce"""
+
+PICTURED = [schedules.make("paci", 4, 4), schedules.make("1f1b", 1, 1), made(BIDIRECTIONAL, 4)]
 
 BLOCKS = """\
 time    0   1   2   3   4
@@ -146,14 +150,10 @@ def test_everything_can_be_drawn(case):
     assert len(slices) == sum(map(len, program.rows))
 
 
-@pytest.mark.parametrize("schedule", [schedules.make("paci", 4, 4), made(BIDIRECTIONAL, 4), schedules.make("paci", 1, 1)])
+@pytest.mark.parametrize("schedule", PICTURED)
 def test_picture(schedule):
+    """It decodes, and holds forwards and backwards of both windows."""
     matplotlib_image = pytest.importorskip("matplotlib.image")
-    import io
-
-    from amdp_plugin.plan.picture import BAR_HEIGHT, png
-
-    assert 0 < BAR_HEIGHT < 1
     scheduler = Scheduler(schedule)
     content = png(simulate(scheduler.program(2), scheduler.costs), report(scheduler, 2))
     pixels = matplotlib_image.imread(io.BytesIO(content), format="png")

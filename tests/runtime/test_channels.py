@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amdp_plugin.plan.action import Action
 from amdp_plugin.runtime.channels import BufferPool, Signature
-from amdp_plugin.runtime.watch import PipelineStallError
+from amdp_plugin.runtime.watch import PipelineStallError, Watch
 from tests.processes import outcomes, run_ranks
 
 from .pipelines import Case, make_channels, make_executor
@@ -144,7 +144,7 @@ def train_with_a_dying_rank(rank: int, case: Case, victim: int, how: str) -> tup
     try:
         for window in range(200):
             if rank == victim and window == 3:
-                os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else time.sleep(20)
+                os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else time.sleep(9)
             executor.run_window()
     except PipelineStallError as error:
         return str(error), time.monotonic() - start
@@ -171,3 +171,10 @@ def test_a_rank_that_hangs_stops_its_neighbours() -> None:
         pattern = rf"stage {rank}, at {rank}[FB]\d+: (receiving|sending) with rank 1 did not complete within 4 s"
         assert re.search(pattern, message), message
         assert seconds < 12
+
+
+def test_an_error_of_the_model_is_not_taken_for_a_lost_peer() -> None:
+    watch = Watch(0)
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught, watch.guard("a collective", None):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not isinstance(caught.value, PipelineStallError)

@@ -40,7 +40,7 @@ def test_a_flush_is_gradient_accumulation(schedule: str) -> None:
         (sum(losses) / 4).backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert mean == pytest.approx(float(sum(losses) / 4), rel=1e-6)
+        assert mean == pytest.approx((sum(losses) / 4).item(), rel=1e-6)
     for found, expected in zip(nn.Sequential(*stages).parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(found, expected)
 

@@ -1,0 +1,161 @@
+"""A run that is resumed, evaluated in between, or handed to stock and back, goes on as if nothing had been."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.processes import run_ranks
+from tests.runtime.models import data
+
+from .jobs import Job, assert_equals_oracle, assert_same, finish, make_engine, make_oracle, oracle, stream
+from .test_oracle import BF16, NON_REENTRANT, WARMUP
+
+HALF = 10
+ZERO = {"zero_optimization": {"stage": 1}}
+SCHEDULED = {"scheduler": {"type": "WarmupDecayLR", "params": {**WARMUP, "total_num_steps": 3 * HALF}}}
+JOBS = {
+    "paci": Job("paci", 3, 2, optimizer="adamw", config=SCHEDULED),
+    "paci, long window": Job("paci", 2, 5),
+    "paci, deep": Job("paci", 4, 1, optimizer="fused"),
+    "paci, recomputation": Job("paci", 3, 2, config=NON_REENTRANT),
+    "paci, buffers": Job("paci", 3, 2, kind="counting"),
+    "paci, ZeRO-1": Job("paci", 2, 2, optimizer="adamw", config=ZERO, replicas=2),
+    "paci, bf16": Job("paci", 2, 2, optimizer="adamw", config=BF16, dtype=torch.bfloat16),
+    "1f1b": Job("1f1b", 3, 2, optimizer="adamw", config=SCHEDULED),
+    "1f1b, ZeRO-1": Job("1f1b", 2, 2, optimizer="adamw", config=ZERO, replicas=2),
+}
+
+
+def train(engine: Any, batches: Any, windows: int) -> list[float]:
+    return [float(engine.train_batch(batches)) for _ in range(windows)]
+
+
+def save_and_go_on(rank: int, job: Job, directory: Path) -> dict[str, Any]:
+    """Train, save, train on with the same engine."""
+    engine = make_engine(rank, job)
+    batches = stream(engine, job)
+    train(engine, batches, HALF)
+    engine.save_checkpoint(str(directory), client_state={"note": 7})
+    return finish(engine, train(engine, batches, HALF))
+
+
+def load_and_go_on(rank: int, job: Job, directory: Path) -> dict[str, Any]:
+    """Train something else, load, train on with the data from there."""
+    engine = make_engine(rank, job)
+    train(engine, stream(engine, job, start=77), 2)
+    torch.manual_seed(999)
+    path, state = engine.load_checkpoint(str(directory))
+    assert path is not None and state["note"] == 7
+    assert engine.global_steps == HALF
+    return finish(engine, train(engine, stream(engine, job, start=HALF * job.size), HALF))
+
+
+@pytest.mark.parametrize("case", JOBS)
+def test_resumed_run_equals_the_one_that_went_on(case: str, tmp_path: Path) -> None:
+    job = JOBS[case]
+    written = run_ranks(job.world, save_and_go_on, job, tmp_path)
+    assert_same(run_ranks(job.world, load_and_go_on, job, tmp_path), written)
+
+
+def test_saving_is_a_flush_to_the_oracle(tmp_path: Path) -> None:
+    """What was in flight is cancelled and forwarded anew, random numbers included."""
+    job = Job("paci", 3, 2)
+    found = run_ranks(job.world, save_and_go_on, job, tmp_path)
+    pipeline, batches = make_oracle(job), data()
+    pipeline.train(batches, HALF)
+    losses = pipeline.train(batches, HALF)
+    assert_equals_oracle(found, pipeline, losses)
+
+
+def change_hands(rank: int, first: Job, second: Job, directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train and save under ``first``; load into a fresh engine of ``second``; what both hold."""
+    before = make_engine(rank, first)
+    train(before, stream(before, first), HALF)
+    before.save_checkpoint(str(directory), tag="shared")
+    after = make_engine(rank, second)
+    path, _ = after.load_checkpoint(str(directory), tag="shared")
+    assert path is not None
+    left, right = holdings(before), holdings(after)
+    train(after, stream(after, second, start=HALF * second.size), 2)
+    assert after.global_steps == HALF + 2
+    return left, right
+
+
+def holdings(engine: Any) -> dict[str, Any]:
+    """All that a checkpoint carries, as plain values."""
+    optimizer = engine.optimizer.state_dict()
+    return {
+        "weights": {key: value.tolist() for key, value in engine.module.state_dict().items()},
+        "optimizer": plain(optimizer),
+        "scheduler": engine.lr_scheduler.state_dict(),
+        "counters": (engine.global_steps, engine.global_samples, engine.skipped_steps, engine.get_lr()),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Tensors as lists, so that nested states compare."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, int | float | str | bool | None) else str(type(value))
+
+
+@pytest.mark.parametrize("config", [{}, ZERO], ids=["plain", "ZeRO-1"])
+@pytest.mark.parametrize("to_stock", [True, False])
+def test_stock_and_paci_load_each_other(to_stock: bool, config: dict[str, Any], tmp_path: Path) -> None:
+    """Weights, optimizer, learning-rate schedule and counters."""
+    paci = Job("paci", 2, 2, optimizer="adamw", config={**SCHEDULED, **config})
+    jobs = (paci, paci.stock) if to_stock else (paci.stock, paci)
+    for left, right in run_ranks(paci.world, change_hands, *jobs, tmp_path):
+        assert left == right
+
+
+def evaluate(engine: Any, job: Job, **options: Any) -> float:
+    return float(engine.eval_batch(stream(engine, job, start=500), **options))
+
+
+def with_evaluation(rank: int, job: Job, often: bool) -> tuple[dict[str, Any], list[float]]:
+    """Train ten windows, with evaluations after the fifth and the tenth, or with none at all."""
+    engine = make_engine(rank, job)
+    batches = stream(engine, job)
+    losses, evaluations = train(engine, batches, 5), []
+    if often:
+        evaluations += [evaluate(engine, job), evaluate(engine, job), evaluate(engine, job, num_micro_batches=1)]
+    losses += train(engine, batches, 5)
+    if often:
+        evaluations += [evaluate(engine, job)]
+    return finish(engine, losses), evaluations
+
+
+def evaluated_by_the_oracle(job: Job, windows: int, micro_batches: int) -> float:
+    """The mean loss with the weights after ``windows`` updates, without dropout."""
+    pipeline, _ = oracle(replace(job, windows=windows))
+    batches, total = data(job.dtype), torch.zeros(())
+    with torch.no_grad():
+        for number in range(500 + micro_batches):
+            x, label = next(batches)
+            if number >= 500:
+                for stage in pipeline.stages:
+                    x = stage.eval()(x)
+                total += pipeline._loss(x, label)
+    return float(total / micro_batches)
+
+
+@pytest.mark.parametrize("job", [Job("paci", 3, 2), Job("paci", 2, 4), Job("paci", 4, 1), Job("1f1b", 3, 2)], ids=str)
+def test_evaluation_changes_nothing(job: Job) -> None:
+    """In the middle of a stream; and its value is that of the weights after the latest update, on every rank."""
+    plainly, _ = zip(*run_ranks(job.world, with_evaluation, job, False), strict=True)
+    found, evaluations = zip(*run_ranks(job.world, with_evaluation, job, True), strict=True)
+    assert_same(list(found), list(plainly))
+    halfway = evaluated_by_the_oracle(job, 5, job.size)
+    end = evaluated_by_the_oracle(job, 10, job.size)
+    for values in evaluations:
+        assert values == [halfway, halfway, evaluated_by_the_oracle(job, 5, 1), end]
