@@ -34,9 +34,9 @@ class CompareCommand(TyperCommand):
 def compare(
     configs: Annotated[list[Path], typer.Option(help="DeepSpeed configurations; stock where there is no schedule.")],
     nproc: Annotated[int, typer.Option(help="Processes on this machine.")] = 2,
-    script: Annotated[
-        Path, typer.Option(help="Training script that takes --deepspeed_config and --steps.")
-    ] = Path("scripts/train_gpt.py"),
+    script: Annotated[Path, typer.Option(help="Training script that takes --deepspeed_config and --steps.")] = Path(
+        "scripts/train_gpt.py"
+    ),
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = DEFAULT_STEPS,
     output: Annotated[Path, typer.Option(help="Folder for the table, the picture and the trace.")] = Path("comparison"),
     script_arguments: Annotated[

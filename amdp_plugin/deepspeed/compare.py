@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,8 @@ POLL_SECONDS = 0.2
 SECONDS_PER_FRAME, SECONDS_PER_LINE = 0.2, 10.0
 """Between two pictures of the progress bar, on a terminal and in a log."""
 LOG_LINES = 40
+LAUNCHER_REPORT = "torch/distributed/elastic/multiprocessing/api.py"
+"""What the first line of the launcher's own report about a failure holds."""
 SECONDS_TO_END = 10.0
 
 
@@ -128,12 +131,18 @@ def _run(job: Job, config: Path, directory: Path, title: str) -> float | None:
         finally:
             _end(process)
     if process.returncode:
-        tail = "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
-        raise JobFailed(f"{title} failed with exit code {process.returncode}; the end of {path}:\n{tail}")
+        raise JobFailed(f"{title} failed with exit code {process.returncode}; the end of {path}:\n{_end_of_log(path)}")
     seconds = time.monotonic() - started
     print(f"{title}: done in {seconds:.0f} s", file=sys.stderr, flush=True)
     after = _others_seconds()
     return None if busy is None or after is None else max(0.0, after - busy) / seconds
+
+
+def _end_of_log(path: Path) -> str:
+    """The last lines that the ranks wrote, without the page that the launcher adds."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    ranks = list(takewhile(lambda line: LAUNCHER_REPORT not in line, lines))
+    return "\n".join((ranks or lines)[-LOG_LINES:])
 
 
 def _start(command: Sequence[str], log: TextIO, processes: int) -> subprocess.Popen[bytes]:

@@ -166,6 +166,11 @@ class ScheduledPipelineEngine(PipelineEngine):
         grid = self.mpu if self.executor.schedule.flush else StageGrid(self.mpu)
         clip_grad_norm_(parameters=self.module.parameters(), max_norm=self.gradient_clipping(), mpu=grid)
 
+    def _start_timers(self, timer_names: Any) -> None:
+        """Timers that run already go on: DeepSpeed 0.19.8 starts those of a backward twice on all stages but the
+        last, and its timers refuse that (stock 1F1B fails there with ``wall_clock_breakdown``)."""
+        super()._start_timers([name for name in timer_names if not getattr(self.timers(name), "started_", False)])
+
     # What the worker calls
 
     def load(self, batch: Any, buffer_id: int) -> None:
@@ -178,7 +183,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         """On the last stage: average the losses of ``window`` as DeepSpeed does, and send them to the other stages."""
         numbers = range(window * self.micro_batches, (window + 1) * self.micro_batches)
         self._sum_losses(numbers)
-        with torch.no_grad(), self._without_broadcast():
+        with torch.no_grad(), self._without_broadcast(), self._watch.guard("averaging the losses", None):
             self._loss_of_window = super()._aggregate_total_loss()
         additional = list((self.agg_additional_losses or {}).values())
         values = torch.stack([self.dp_group_loss, self._loss_of_window, *additional]).to("cpu", torch.float64)

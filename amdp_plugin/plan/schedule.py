@@ -128,16 +128,17 @@ class Schedule:
     def dependencies(self, rank: int, action: Action) -> Iterator[tuple[int, Action]]:
         """What must have happened before ``rank`` may run ``action``: (rank, action) pairs (laws 2 to 4).
 
+        What the rank itself must have done comes first, so that messages blame the nearest cause.
         How an update relates to the backwards around it depends on where it stands in the row, not on
         the action alone: see :mod:`.verify`.
         """
         stage, kind, index = action
         rank_of = self.placement.rank_of
         if kind == FORWARD:
-            if stage > 0:
-                yield rank_of(stage - 1, index), Action(stage - 1, FORWARD, index)
             if self.flush and index >= self.micro_batches:
                 yield rank, Action(stage, UPDATE, index // self.micro_batches - 1)
+            if stage > 0:
+                yield rank_of(stage - 1, index), Action(stage - 1, FORWARD, index)
         elif kind == BACKWARD:
             yield rank, Action(stage, FORWARD, index)
             if stage < self.num_stages - 1:

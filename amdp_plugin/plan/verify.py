@@ -152,15 +152,16 @@ def _check_order(program: Program) -> None:
 
 
 def _root(program: Program, stuck: Stuck) -> int:
-    """The rank to name: follow who waits for whom, to the one that nobody else keeps waiting or into a circle."""
-    rank = min(stuck.blocked, key=lambda rank: stuck.blocked[rank][0])
-    seen = {rank}
-    while True:
-        owner, missing = stuck.blocked[rank][2]
-        if owner in seen or owner not in stuck.blocked or missing not in program.rows[owner]:
+    """The rank to name: one that waits for itself or for what never comes, else one in a circle of waiting ranks."""
+    for rank, (_, _, (owner, missing)) in sorted(stuck.blocked.items()):
+        if owner == rank or missing not in program.rows[owner]:
             return rank
-        seen.add(owner)
-        rank = owner
+    rank = min(stuck.blocked, key=lambda rank: stuck.blocked[rank][0])
+    seen: set[int] = set()
+    while rank not in seen:
+        seen.add(rank)
+        rank = stuck.blocked[rank][2][0]
+    return rank
 
 
 def _check_bounds(program: Program) -> None:

@@ -226,7 +226,8 @@ class Channels:
         if agreed is not None and not self._dynamic:
             raise ValueError(
                 f"the activation for {action} is ({signature}), the ones before were ({agreed}): build the "
-                "PipelineModule with dynamic_shape=True, or call reset_activation_shape() between two batches"
+                "PipelineModule with dynamic_shape=True (or, under a schedule that flushes, call "
+                "reset_activation_shape() between two batches)"
             )
         self._sent_signatures[receiver, action.stage] = signature
         self._send_control(signature.encode(), receiver, SIGNATURE_TAG, action)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store, _new_process_group_helper
 
 ACTIVATION_TAG, GRADIENT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG = range(1, 6)
 
@@ -33,14 +35,30 @@ def wire(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
+_made: Counter[tuple[str, ...]] = Counter()
+
+
+def _new_group(members: Sequence[int], backend: str, timeout: timedelta) -> Any:
+    """A process group that its members alone make, under a name that they agree on.
+
+    ``dist.new_group(use_local_synchronization=True)`` puts the number of groups that a rank is in into the
+    name: where that differs (tied layers, embedding groups) the members wait for one another for ever.
+    """
+    key = (backend, *map(str, members))
+    _made[key] += 1
+    name: Any = f"amdp_plugin {' '.join(key)} {_made[key]}"
+    rank, store = members.index(dist.get_rank()), _get_default_store()
+    backend = dist.Backend(backend)
+    group, _ = _new_process_group_helper(len(members), rank, list(members), backend, store, name, timeout=timeout)
+    return group
+
+
 class _Group:
     """A process group used by itself: it goes on working after ``destroy_process_group()``, for last messages."""
 
     def __init__(self, members: Sequence[int], backend: str, timeout: timedelta) -> None:
         self._members = sorted(members)
-        self._group: Any = dist.new_group(
-            self._members, timeout=timeout, backend=backend, use_local_synchronization=True
-        )
+        self._group = _new_group(self._members, backend, timeout)
 
     def send(self, tensor: Tensor, receiver: int, tag: int) -> dist.Work:
         return self._group.send([tensor], self._members.index(receiver), tag)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # with it half of torch's compiler, which ZeRO and bf16 import
 import torch
 from deepspeed.comm.torch import build_shm_op
 from deepspeed.pipe import PipelineModule
@@ -20,7 +21,6 @@ from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.serial import SerialPipeline
 from tests.processes import run_ranks
 from tests.runtime.models import KINDS, OPTIMIZERS, ROWS, Plain, Recomputed, data, loss
-
 
 # What every rank would do anew: build (the first time ever) and load an extension, try which others would build.
 build_shm_op()
@@ -226,7 +226,8 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
 
 
 def assert_equals_oracle(found: list[dict[str, Any]], pipeline: SerialPipeline, losses: list[float] | None) -> None:
-    """A run without replicas, or with replicas that are alike, agrees bit for bit with the oracle, and measured the gap that it had."""
+    """A run without replicas, or with replicas that are alike, agrees bit for bit with the oracle, and measured the
+    gap that it had."""
     for result in found:
         stage = result["stage"]
         assert_same_weights(result["weights"], pipeline.stages[stage].state_dict(), f"stage {stage}")

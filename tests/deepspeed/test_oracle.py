@@ -80,7 +80,9 @@ def test_learning_rate_scheduler() -> None:
         optimizer.register_step_post_hook(lambda *_: scheduler.step())
         return optimizer
 
-    check(Job("paci", 3, 2, config={"scheduler": {"type": "WarmupDecayLR", "params": WARMUP}}), make_optimizer=scheduled)
+    check(
+        Job("paci", 3, 2, config={"scheduler": {"type": "WarmupDecayLR", "params": WARMUP}}), make_optimizer=scheduled
+    )
 
 
 def test_clipping_is_by_the_norm_of_the_stage() -> None:

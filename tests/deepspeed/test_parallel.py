@@ -21,7 +21,12 @@ from . import tensor_parallel
 from .jobs import Job, assert_equals_oracle, assert_same, make_oracle, oracle, run
 
 ZERO = {"zero_optimization": {"stage": 1}}
-BF16 = {**ZERO, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+BF16 = {
+    **ZERO,
+    "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "communication_data_type": "fp32",
+}
 
 
 @pytest.mark.parametrize(("optimizer", "config"), [("sgd", {}), ("adamw", {}), ("sgd", ZERO), ("adamw", ZERO)])

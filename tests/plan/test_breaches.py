@@ -152,9 +152,9 @@ def test_two_ranks_wait_for_each_other():
     blocked = moved(blocked, 1, "1F1", before="1B0")
     error = breach(blocked)
     assert error.law == 3
-    assert error.cell == (1, 1)
-    assert "it needs 0F1, which rank 0 owes only at step 3" in str(error)
-    assert "but rank 0 itself waits at 0B0 for 1B0 of rank 1" in str(error)
+    assert error.cell == (0, 1)
+    assert "it needs 1B0, which rank 1 owes only at step 2" in str(error)
+    assert "but rank 1 itself waits at 1F1 for 0F1 of rank 0" in str(error)
 
 
 def test_a_flushing_schedule_forwards_before_its_update():

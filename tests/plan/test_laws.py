@@ -16,7 +16,7 @@ from amdp_plugin.plan.simulate import in_flight, simulate
 from amdp_plugin.plan.verify import verify
 from amdp_plugin.plan.versions import versions
 
-from .strategies import BIDIRECTIONAL, cases, made, named, shifted_pairs
+from .strategies import BIDIRECTIONAL, cases, costs_of, delayed, made, named, shifted_pairs
 
 SLOW = settings(deadline=None, max_examples=120)
 
@@ -138,6 +138,28 @@ def test_times_respect_order_durations_and_messages(case):
         assert all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
+@SLOW
+@given(st.one_of(named(), delayed()), st.data())
+def test_the_scheduler_starts_everything_when_it_can(schedule, data):
+    """Its own clock, message arrivals included, agrees with the times worked out from the finished program."""
+    costs = data.draw(costs_of(schedule))
+    scheduler = Scheduler(schedule, costs)
+    scheduler._states = _Forgetful()
+    simulation, started = scheduler._simulation, {}
+    start = simulation._start
+
+    def noted(rank, action):
+        started[rank, action] = simulation.now
+        start(rank, action)
+
+    simulation._start = noted
+    program = scheduler.program(4)
+    timing = simulate(program, costs)
+    for rank, row in enumerate(program.rows):
+        for action, (begin, _) in zip(row, timing.spans[rank], strict=True):
+            assert started[rank, action] == begin
+
+
 def test_in_flight_counts_forwards_not_yet_backwarded():
     program = Scheduler(schedules.make("paci", 2, 2)).program(1)
     assert [str(action) for action in program.rows[0]] == ["0F0", "0F1", "0B0", "0F2", "0B1", "0U0"]
@@ -185,6 +207,22 @@ def test_a_delayed_update_stands_that_many_backwards_later(placement, delay):
 def test_a_shared_stage_updates_at_most_one_window_late():
     with pytest.raises(ValueError, match="at most one window late, so update_delay is at most 2, got 3"):
         made(BIDIRECTIONAL, 4, update_delay=3)
+
+
+def test_the_scheduler_plans_with_the_links():
+    """While the first backward is still under way, the first rank goes on with what it may have in flight."""
+    schedule = schedules.make("paci", 2, 8, extra_in_flight=4)
+    first = {
+        link: [action.kind for action in Scheduler(schedule, CostModel.uniform(2, link_latency=link)).window(0)[0]]
+        for link in (0.0, 3.0)
+    }
+    assert first[0.0].index("B") == 4
+    assert first[3.0].index("B") == 6
+
+
+def test_a_message_takes_the_latency_and_the_time_of_its_bytes():
+    costs = CostModel((1.0,), (1.0,), (0.0,), link_latency=0.1, message_bytes=100, link_bandwidth=1000)
+    assert costs.link_ticks() == 200_000_000
 
 
 def test_costs_of_another_depth_are_refused():

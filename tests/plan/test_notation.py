@@ -59,6 +59,13 @@ def test_csv_by_hand():
     assert free.to_csv() == "0F0,0F1,0B0,0U0\n1F0,1B0,1U0\n"
 
 
+def test_csv_counts_the_windows_that_every_rank_completes():
+    schedule = schedules.make("paci", 2, 2)
+    text = Scheduler(schedule).program(2).to_csv()
+    assert Program.from_csv(text, schedule).windows == 2
+    assert Program.from_csv(text.replace("1B3,", ""), schedule).windows == 1
+
+
 def test_csv_of_another_schedule_is_refused():
     with pytest.raises(ValueError, match="1f1b has 2 ranks, the text has 1 rows"):
         Program.from_csv("0F0,0B0\n", schedules.make("1f1b", 2, 1))

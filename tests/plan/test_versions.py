@@ -29,6 +29,7 @@ def test_versions_equal_a_count_over_the_rows(case, windows):
             assert (version.forward, version.backward) == (updates(start), updates(at))
             applied = next((i for i, action in enumerate(row) if action[:] == (stage, "U", version.applied)), None)
             assert applied is None or (at < applied and updates(applied) == version.applied)
+            assert version.applied == index // schedule.micro_batches
             assert version.gap == version.backward - version.forward
             assert version.staleness == version.applied - version.forward >= version.gap
     assert not found

@@ -1,0 +1,135 @@
+"""``amdp compare`` on a tiny job: what it writes, and that it compares what it says it compares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amdp_plugin.cli import main
+from amdp_plugin.deepspeed.measured import Run
+from amdp_plugin.deepspeed.recording import OURS, STOCK, RankRecord, read_records
+from amdp_plugin.plan.action import FORWARD, Action
+from amdp_plugin.plan.scheduler import Scheduler
+from amdp_plugin.runtime.timeline import RUN, WAIT
+
+ROOT = Path(__file__).parents[2]
+STEPS, MICRO_BATCHES, MICRO_BATCH_SIZE, SEQUENCE_LENGTH = 7, 3, 2, 16
+MODEL = ["--layers", "2", "--hidden", "32", "--heads", "2", "--sequence-length", str(SEQUENCE_LENGTH)]
+RESULT_KEYS = {
+    "name", "engine", "schedule", "baseline", "steps", "warm_steps", "stages", "ranks", "micro_batches",
+    "seconds_per_step", "tokens_per_second", "samples_per_second", "ratio", "predicted_ratio",
+    "predicted_seconds_per_step", "waiting_share_by_rank", "running_share_by_rank", "peak_in_flight_by_rank",
+    "largest_gap", "first_train_loss", "final_train_loss", "final_validation_loss", "others_cores", "costs", "losses",
+    "evaluations",
+}  # fmt: skip
+
+
+def write_configs(folder: Path) -> list[Path]:
+    stock = {
+        "train_micro_batch_size_per_gpu": MICRO_BATCH_SIZE,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-3}},
+    }
+    paths = [folder / "stock.json", folder / "paci.json"]
+    paths[0].write_text(json.dumps(stock))
+    paths[1].write_text(json.dumps({**stock, "pipeline": {"schedule": "paci"}}))
+    return paths
+
+
+def compare(configs: list[Path], output: Path, *arguments: str) -> int:
+    options = ["--nproc", "2", "--steps", str(STEPS), "--output", str(output)]
+    script = ["--script", str(ROOT / "scripts" / "train_gpt.py")]
+    return main(["compare", "--configs", *map(str, configs), *options, *script, "--", *arguments])
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    output = tmp_path / "output"
+    validation = ["--validate-every", "4", "--validation-batches", "2"]
+    assert compare(write_configs(tmp_path), output, *MODEL, "--data", str(text), *validation) == 0
+
+    printed = capsys.readouterr().out
+    assert (output / "table.md").read_text() in printed
+    assert str(output / "comparison.png") in printed
+    assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    check_result(json.loads((output / "result.json").read_text()))
+    check_trace(json.loads((output / "comparison.trace.json").read_text()))
+    for name in ("stock", "paci"):
+        records = read_records(output / "runs" / name)
+        assert [(record.rank, record.stage) for record in records] == [(0, 0), (1, 1)]
+        for record in records:
+            check_record(record, Run(name, records))
+
+
+def check_result(result: dict[str, Any]) -> None:
+    stock, paci = result["runs"]
+    assert stock.keys() == paci.keys() == RESULT_KEYS
+    assert (stock["engine"], stock["schedule"], stock["largest_gap"]) == (STOCK, "1f1b", 0)
+    assert (paci["engine"], paci["schedule"], paci["largest_gap"]) == (OURS, "paci", 1)
+    assert stock["ratio"] == stock["predicted_ratio"] == 1.0
+    assert paci["predicted_ratio"] > 0.0
+    assert stock["peak_in_flight_by_rank"] == paci["peak_in_flight_by_rank"] == [2, 1]
+    # The same weights and the same data: what is computed before the first update is equal, and differs later.
+    assert stock["losses"][0] == paci["losses"][0]
+    assert stock["losses"][1:] != paci["losses"][1:]
+    for run in (stock, paci):
+        assert run["steps"] == len(run["losses"]) == STEPS
+        assert [evaluation["step"] for evaluation in run["evaluations"]] == [4, STEPS]
+        assert run["final_validation_loss"] == run["evaluations"][-1]["loss"] > 0
+
+
+def check_trace(trace: dict[str, Any]) -> None:
+    slices = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert {(event["pid"], event["tid"]) for event in slices} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    starts = [event["id"] for event in trace["traceEvents"] if event["ph"] == "s"]
+    assert starts and sorted(starts) == sorted(event["id"] for event in trace["traceEvents"] if event["ph"] == "f")
+
+
+def check_record(record: RankRecord, run: Run) -> None:
+    assert [step.step for step in record.steps] == list(range(1, STEPS + 1))
+    samples = MICRO_BATCHES * MICRO_BATCH_SIZE
+    tokens = samples * SEQUENCE_LENGTH if record.stage == 0 else None
+    assert {(step.samples, step.tokens) for step in record.steps} == {(samples, tokens)}
+    assert [step.interruptions for step in record.steps if step.interruptions] == [["eval_batch"]]
+
+    ran = [Action.parse(event.name) for event in record.events if event.phase == RUN]
+    scheduler = Scheduler(run.schedule())
+    assert ran == [action for window in range(STEPS) for action in scheduler.window(window)[record.stage]]
+    assert all(before.end <= after.start for before, after in zip(record.events, record.events[1:], strict=False))
+    assert record.wait_seconds == pytest.approx(sum(e.end - e.start for e in record.events if e.phase == WAIT))
+
+    spans = {event.name: event for other in run.records for event in other.events if event.phase == RUN}
+    for action in ran:
+        if action.kind == FORWARD and record.stage == 1:
+            assert spans[str(action)].start > spans[f"0F{action.index}"].end
+
+
+def test_a_job_that_fails_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare(write_configs(tmp_path)[1:], tmp_path / "output", *MODEL, "--stages", "7") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "--stages must divide the number of processes: got 7 stages, 2 processes" in captured.err
+    assert "log.txt" in captured.err
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stock, paci = write_configs(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "elsewhere").mkdir()
+    again = tmp_path / "elsewhere" / "paci.json"
+    again.write_text(paci.read_text())
+    for configs, message in (
+        ([tmp_path / "missing.json"], "there is no file"),
+        ([tmp_path / "broken.json"], "is not JSON"),
+        ([paci, again], "two configurations are called paci"),
+    ):
+        assert compare(configs, tmp_path / "output") == 2
+        assert message in capsys.readouterr().err
+    assert main(["compare", "--configs", str(stock), "--nproc", "0"]) == 2
+    assert "--nproc is at least 1" in capsys.readouterr().err
+    assert main(["compare"]) == 2
+    assert "--configs" in capsys.readouterr().err

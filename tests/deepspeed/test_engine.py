@@ -1,0 +1,247 @@
+"""What users of DeepSpeed's engine know, under a schedule."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.pipe import PipelineModule
+from torch import Tensor
+
+import amdp_plugin
+from tests.processes import outcomes, run_ranks
+from tests.runtime.models import OPTIMIZERS, data, loss
+
+from .jobs import (
+    Job,
+    assert_equals_oracle,
+    assert_same,
+    assert_same_weights,
+    build_layers,
+    configuration,
+    finish,
+    make_engine,
+    make_oracle,
+    oracle,
+    run,
+    stream,
+)
+
+
+def train(engine: Any, batches: Any, windows: int) -> list[float]:
+    return [float(engine.train_batch(batches)) for _ in range(windows)]
+
+
+# The monitor and the timers
+
+
+def read_events(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every series that DeepSpeed's CSV monitor wrote."""
+    series = {}
+    for path in directory.rglob("*.csv"):
+        rows = [line.split(",") for line in path.read_text().splitlines()[1:] if line]
+        series[path.stem] = [(int(float(step)), float(value)) for step, value in rows]
+    return series
+
+
+def test_monitor_gets_what_stock_writes_and_the_pipeline_s_own(tmp_path: Path) -> None:
+    def monitored(name: str) -> dict[str, Any]:
+        return {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / name), "job_name": "job"}}
+
+    job = Job("1f1b", 2, 2, config=monitored("ours"))
+    found, expected = run(job), run(replace(job.stock, config=monitored("stock")))
+    assert_same(found, expected)
+    ours, stock = read_events(tmp_path / "ours"), read_events(tmp_path / "stock")
+    assert "Train_Samples_train_loss" in stock
+    own = {"Train_Pipeline_largest_gap", "Train_Pipeline_waiting_share"}
+    assert ours.keys() == stock.keys() | own
+    assert {key: ours[key] for key in stock} == stock
+    assert [value for _, value in ours["Train_Samples_train_loss"]] == pytest.approx(found[0]["losses"])
+    assert [value for _, value in ours["Train_Pipeline_largest_gap"]] == [0.0] * job.windows
+    assert all(0.0 <= value <= 1.0 for _, value in ours["Train_Pipeline_waiting_share"])
+
+
+@pytest.mark.parametrize("name", ["paci", "1f1b"])
+def test_wall_clock_breakdown(name: str) -> None:
+    job = Job(name, 2, 2)
+    timed = replace(job, config={"wall_clock_breakdown": True, "steps_per_print": 1})
+    assert_same(run(timed), run(job))
+
+
+def test_loss_is_the_same_on_every_rank() -> None:
+    found = run(Job("paci", 4, 2))
+    assert all(result["losses"] == found[0]["losses"] for result in found)
+    assert len(set(found[0]["losses"])) > 1
+
+
+# Where the data comes from
+
+
+class Samples(torch.utils.data.Dataset):
+    """The rows of the first micro-batches, one by one."""
+
+    def __init__(self, micro_batches: int) -> None:
+        self._rows = [row for x, y in data(count=micro_batches) for row in zip(x, y, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._rows[index]
+
+
+def train_on_a_dataset(rank: int, job: Job, micro_batches: int) -> dict[str, Any]:
+    multiprocessing.current_process()._config["daemon"] = False  # DeepSpeed's loader has processes of its own
+    engine = make_engine(rank, job, training_data=Samples(micro_batches))
+    return finish(engine, train(engine, None, job.windows))
+
+
+def test_training_data_given_to_initialize() -> None:
+    """It repeats for ever, as in DeepSpeed."""
+    job = Job("paci", 3, 2, kind="exact", windows=6)  # no dropout: the loader draws from the same random numbers
+    found = run_ranks(3, train_on_a_dataset, job, 8)
+    pipeline = make_oracle(job)
+    losses = pipeline.train(itertools.cycle(list(data(count=8))), job.windows)
+    for stage, result in enumerate(found):
+        assert result["losses"] == losses
+        assert_same_weights(result["weights"], pipeline.stages[stage].state_dict(), f"stage {stage}")
+    flushed = replace(job, schedule="1f1b")
+    assert_same(run_ranks(3, train_on_a_dataset, flushed, 8), run_ranks(3, train_on_a_dataset, flushed.stock, 8))
+
+
+def train_without_data(rank: int, job: Job) -> None:
+    make_engine(rank, job).train_batch()
+
+
+def test_no_data_at_all_is_an_error() -> None:
+    job = Job({"name": "paci", "timeout_seconds": 2.0}, 2, 2)
+    for good, text in outcomes(2, train_without_data, job):
+        assert not good
+        assert "there is no data: pass train_batch(data_iter=...)" in text or "PipelineStallError" in text
+
+
+def train_with_other_window(rank: int, job: Job, size: int) -> dict[str, Any]:
+    """Three windows of ``job.size``, then three of ``size``, from one iterator."""
+    engine = make_engine(rank, job)
+    batches = stream(engine, job)
+    losses = train(engine, batches, 3)
+    engine.set_train_batch_size(engine.train_batch_size() // job.size * size)
+    return finish(engine, losses + train(engine, batches, 3))
+
+
+@pytest.mark.parametrize(("size", "other"), [(2, 4), (4, 1)])
+def test_window_that_changes_its_size(size: int, other: int) -> None:
+    """No micro-batch is lost or used twice."""
+    job = Job("paci", 3, size)
+    found = run_ranks(3, train_with_other_window, job, other)
+    pipeline, batches = make_oracle(job), data()
+    losses = pipeline.train(batches, 3)
+    pipeline.schedule = make_oracle(replace(job, size=other)).schedule
+    losses += pipeline.train(batches, 3)
+    for result in found:  # the engine's measured gap begins anew with the new program
+        assert result["losses"] == losses
+        assert_same_weights(
+            result["weights"], pipeline.stages[result["stage"]].state_dict(), f"stage {result['stage']}"
+        )
+    flushed = replace(job, schedule="1f1b")
+    ours = run_ranks(3, train_with_other_window, flushed, other)
+    assert_same(ours, run_ranks(3, train_with_other_window, flushed.stock, other))
+
+
+# Shapes
+
+
+def ragged() -> Iterator[tuple[Tensor, Tensor]]:
+    """Micro-batches of one to four rows."""
+    for number, (x, y) in enumerate(data()):
+        rows = 1 + number * 7 % 4
+        yield x.repeat(2, 1)[:rows], y.repeat(2, 1)[:rows]
+
+
+def train_on_ragged(rank: int, job: Job) -> dict[str, Any]:
+    engine = make_engine(rank, job)
+    return finish(engine, train(engine, ragged(), job.windows))
+
+
+@pytest.mark.parametrize("kind", ["plain", "masked"])
+def test_dynamic_shapes(kind: str) -> None:
+    job = Job("paci", 3, 2, kind=kind, module={"dynamic_shape": True})
+    found = run_ranks(3, train_on_ragged, job)
+    pipeline = make_oracle(job)
+    losses = pipeline.train(ragged(), job.windows)
+    assert_equals_oracle(found, pipeline, losses)
+
+
+def taller(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((x.repeat(2, 1), y.repeat(2, 1)) for x, y in data(count=count))
+
+
+def train_on_taller(rank: int, job: Job) -> dict[str, Any]:
+    """Windows of one shape to the end of their data, and then of another."""
+    engine = make_engine(rank, job)
+    losses = train(engine, data(count=3 * job.size), 3)
+    if job.schedule is not None:
+        with pytest.raises(StopIteration):
+            engine.train_batch()
+    engine.reset_activation_shape()
+    losses += train(engine, taller(3 * job.size), 3)
+    return finish(engine, losses)
+
+
+@pytest.mark.parametrize("name", ["paci", "1f1b"])
+def test_reset_of_the_activation_shape(name: str) -> None:
+    job = Job(name, 3, 2)
+    found = run_ranks(3, train_on_taller, job)
+    pipeline = make_oracle(job)
+    losses = pipeline.train(data(), 3)
+    losses += pipeline.train(taller(6), 3)
+    assert_equals_oracle(found, pipeline, losses)
+    if name == "1f1b":
+        assert_same(found, run_ranks(3, train_on_taller, job.stock))
+
+
+# Modules of the user
+
+
+class Reporting(PipelineModule):
+    """Has losses beside the one that is trained on."""
+
+    def get_additional_losses(self) -> dict[str, Tensor] | None:
+        number = torch.tensor(float(self.micro_offset))
+        return {"offset": number, "square": number**2}
+
+
+def train_reporting(rank: int, job: Job) -> list[dict[str, float]]:
+    deepspeed.init_distributed("gloo")
+    module = Reporting(build_layers(job), num_stages=job.stages, loss_fn=loss, partition_method="uniform")
+    optimizer = OPTIMIZERS["sgd"](list(module.parameters()))
+    engine, *_ = amdp_plugin.initialize(model=module, config=configuration(job), optimizer=optimizer)
+    batches, reports = stream(engine, job), []
+    for _ in range(3):
+        engine.train_batch(batches)
+        reports.append({name: float(value) for name, value in engine.get_additional_losses().items()})
+    return reports
+
+
+def test_additional_losses() -> None:
+    """The mean over the micro-batches of the window, on every rank, as in stock."""
+    job = Job("1f1b", 3, 2)
+    expected = run_ranks(3, train_reporting, job.stock)
+    assert expected[0][1] == {"offset": 3.5, "square": 12.5}
+    assert run_ranks(3, train_reporting, job) == expected
+    assert run_ranks(3, train_reporting, replace(job, schedule="paci")) == expected
+
+
+def test_one_stage() -> None:
+    """A pipeline of one rank needs no messages, and no schedule differs."""
+    job = Job("paci", 1, 3, layers_per_stage=2)
+    found = run(job)
+    assert_equals_oracle(found, *oracle(job))
+    assert_same(found, run(job.stock))

@@ -1,0 +1,166 @@
+"""What is refused, with the reason and the alternative, before anything is made."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
+
+import amdp_plugin
+from amdp_plugin.deepspeed import entry
+from amdp_plugin.deepspeed.engine import ScheduledPipelineEngine
+from tests.processes import run_ranks
+from tests.runtime.models import WIDTH, loss
+
+from .jobs import Job, build_layers, configuration
+
+PACI = {"pipeline": {"schedule": "paci"}}
+
+
+def section(value: Any) -> dict[str, Any]:
+    return {"pipeline": {"schedule": value}}
+
+
+CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown schedule": (section("pacy"), ["unknown schedule 'pacy'", "1f1b", "gpipe", "paci"]),
+    "unknown schedule in an object": (section({"name": "pacy"}), ["unknown schedule 'pacy'", "paci"]),
+    "no name": (section({"extra_in_flight": 1}), ["must be a name", '"name"', "paci"]),
+    "a number": (section(3), ["must be a name", "3", "paci"]),
+    "null": (section(None), ["must be a name", "None", "paci"]),
+    "a list": (section(["paci"]), ["must be a name", "['paci']"]),
+    "a name that is a number": (section({"name": 1}), ["must be a name", "1f1b"]),
+    "unknown option": (
+        section({"name": "paci", "in_flight": 3}),
+        ["'paci' has no option 'in_flight'", "timeout_seconds", "extra_in_flight"],
+    ),
+    "option of another schedule": (
+        section({"name": "1f1b", "extra_in_flight": 1}),
+        ["'1f1b' has no option 'extra_in_flight'", "timeout_seconds"],
+    ),
+    "option of a wrong type": (
+        section({"name": "paci", "extra_in_flight": "one"}),
+        ["'extra_in_flight' of schedule 'paci' is 'one'", "integer"],
+    ),
+    "option that is no whole number": (section({"name": "paci", "extra_in_flight": 1.5}), ["'extra_in_flight'", "1.5"]),
+    "option that is a truth value": (section({"name": "paci", "extra_in_flight": True}), ["'extra_in_flight'", "True"]),
+    "option out of range": (section({"name": "paci", "extra_in_flight": -1}), ["extra_in_flight", "negative", "-1"]),
+    "timeout of nothing": (section({"name": "paci", "timeout_seconds": 0}), ["'timeout_seconds'", "greater than 0"]),
+    "two wrong options": (
+        section({"name": "paci", "a": 1, "timeout_seconds": "x"}),
+        ["'a'", "'timeout_seconds'", "'x'"],
+    ),
+    "misspelled key": ({"pipeline": {"shedule": "paci"}}, ["'shedule'", 'did you mean "schedule"?']),
+    "key with a capital": ({"pipeline": {"Schedule": "paci"}}, ["'Schedule'", 'did you mean "schedule"?']),
+    "unknown key beside it": (
+        {"pipeline": {"schedule": "paci", "stagess": 2}},
+        ["no key stagess", "activation_checkpoint_interval", "schedule"],
+    ),
+    "fp16": ({**PACI, "fp16": {"enabled": True}}, ['"fp16"', "loss scaling", '"bf16"', "stock 1F1B"]),
+    "amp": ({**PACI, "amp": {"enabled": True}}, ['"amp"', "apex", '"bf16"']),
+    "torch_autocast": (
+        {**PACI, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        ['"torch_autocast"', "old weights", '"bf16"'],
+    ),
+    "ZeRO-2": ({**PACI, "zero_optimization": {"stage": 2}}, ["ZeRO stage 2", '"stage": 1']),
+    "ZeRO-3": ({**PACI, "zero_optimization": {"stage": 3}}, ["ZeRO stage 3", '"stage": 1']),
+}
+
+
+class Made(Exception):
+    """An engine was about to be made."""
+
+
+@wraps(deepspeed.initialize)
+def forbid(*_: Any, **__: Any) -> None:
+    raise Made
+
+
+def attempt(model: Any, config: dict[str, Any]) -> str:
+    """The refusal of this configuration, of which nothing may have come."""
+    stock, entry._stock_initialize = entry._stock_initialize, forbid  # type: ignore[assignment]
+    try:
+        amdp_plugin.initialize(model=model, config=config)
+    except ValueError as error:
+        return str(error)
+    finally:
+        entry._stock_initialize = stock
+        assert deepspeed.PipelineEngine is not ScheduledPipelineEngine
+    raise AssertionError("was not refused")
+
+
+def attempt_all(rank: int, job: Job) -> dict[str, str]:
+    """The refusals of all cases, and then an engine that works all the same."""
+    deepspeed.init_distributed("gloo")
+    module = PipelineModule(build_layers(job), num_stages=2, loss_fn=loss, partition_method="uniform")
+    plain = configuration(job.stock)
+    messages = {case: attempt(module, {**plain, **config}) for case, (config, _) in CASES.items()}
+    messages["other module"] = attempt(nn.Linear(2, 2), {**plain, **PACI})
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    engine, *_ = amdp_plugin.initialize(model=module, config={**plain, **PACI}, optimizer=optimizer)
+    assert type(engine) is ScheduledPipelineEngine
+    return messages
+
+
+@pytest.fixture(scope="module")
+def refusals() -> list[dict[str, str]]:
+    return run_ranks(2, attempt_all, Job("paci"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_configuration_is_refused(case: str, refusals: list[dict[str, str]]) -> None:
+    for messages in refusals:
+        for part in CASES[case][1]:
+            assert part in messages[case]
+
+
+def test_other_modules_are_refused(refusals: list[dict[str, str]]) -> None:
+    assert "must be a deepspeed.pipe.PipelineModule, it is a Linear" in refusals[0]["other module"]
+
+
+def tied(key: str) -> TiedLayerSpec:
+    return TiedLayerSpec(key, nn.Linear, WIDTH, WIDTH)
+
+
+def attempt_tied(rank: int, job: Job) -> str:
+    deepspeed.init_distributed("gloo")
+    plain = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    across = PipelineModule(
+        [tied("words"), *plain, tied("words")], num_stages=2, loss_fn=loss, partition_method="uniform"
+    )
+    message = attempt(across, configuration(job))
+    within = PipelineModule(
+        [tied("near"), tied("near"), *plain], num_stages=2, loss_fn=loss, partition_method="uniform"
+    )
+    optimizer = torch.optim.SGD(within.parameters(), lr=0.1)
+    engine, *_ = amdp_plugin.initialize(model=within, config=configuration(job), optimizer=optimizer)
+    batch = torch.ones(3, WIDTH), torch.zeros(3, WIDTH)
+    assert torch.isfinite(engine.train_batch(iter([batch] * 8)))
+    return message
+
+
+def test_tied_layers_across_stages_are_refused() -> None:
+    """On one stage they work."""
+    for message in run_ranks(2, attempt_tied, Job("paci")):
+        assert "tied layers words live on several stages" in message
+        assert "untie them" in message and "stock 1F1B" in message
+
+
+def attempt_partitioned(rank: int, job: Job) -> list[str]:
+    deepspeed.init_distributed("gloo")
+    topology = PipeModelDataParallelTopology(num_pp=1, num_mp=2, num_dp=1)
+    module = PipelineModule(build_layers(job), topology=topology, loss_fn=loss)
+    config = configuration(job)
+    keys = ("pipe_partitioned", "grad_partitioned")
+    return [attempt(module, {**config, "pipeline": {"schedule": "paci", key: True}}) for key in keys]
+
+
+def test_partitioned_activations_are_refused() -> None:
+    for messages in run_ranks(2, attempt_partitioned, Job("paci", stages=1)):
+        for key, message in zip(("pipe_partitioned", "grad_partitioned"), messages, strict=True):
+            assert f'"{key}": true cannot be used with 2 tensor-parallel ranks' in message
