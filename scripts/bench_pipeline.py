@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 import amdp_plugin
+from amdp_plugin.deepspeed.machine import cores, describe, others_seconds
 from amdp_plugin.deepspeed.measured import Run
 from amdp_plugin.deepspeed.record import Recorder
 from amdp_plugin.deepspeed.recording import STOCK, RankRecord, read_records
@@ -219,16 +221,21 @@ def main() -> None:
         directory = Path(name)
         for engine in arguments.engines:
             (directory / engine).mkdir()
+        started, others = time.monotonic(), others_seconds()
         start_processes(run_rank, (arguments, layers, directory), arguments.stages, start_method="fork")
+        after, seconds = others_seconds(), time.monotonic() - started
         runs = {engine: turns(engine, read_records(directory / engine), arguments) for engine in arguments.engines}
     print(
         f"{arguments.compute}: {arguments.stages} stages, {arguments.micro_batches} micro-batches, "
-        f"{arguments.repetitions} repetitions of {arguments.steps} steps; load average {os.getloadavg()[0]:.1f}"
+        f"{arguments.repetitions} repetitions of {arguments.steps} steps"
     )
+    busy = None if others is None or after is None else max(0.0, after - others) / seconds
+    print(f"cores that other work kept busy meanwhile: {'unknown' if busy is None else f'{busy:.2f}'} of {cores()}\n")
     found = figures(runs)
     show(found)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"arguments": vars(arguments), "engines": found}, indent=2, default=str))
+        result = {"arguments": vars(arguments), "machine": describe(), "others_cores": busy, "engines": found}
+        arguments.json.write_text(json.dumps(result, indent=2, default=str))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -12,15 +11,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
-import psutil
 from tqdm import tqdm
 
 from .compare_table import Row, rows, table
+from .machine import cores, describe, others_seconds
 from .measured import Run
 from .recording import PROGRESS, read_records
 
@@ -95,7 +93,7 @@ def write(runs: Sequence[Run], output: Path, about: dict[str, Any]) -> str:
     (output / "table.md").write_text(text, encoding="utf-8")
     (output / "comparison.png").write_bytes(picture(runs))
     (output / "comparison.trace.json").write_text(trace(runs), encoding="utf-8")
-    result = {**about, "machine": _machine(), "runs": [_result(row, run) for row, run in zip(found, runs, strict=True)]}
+    result = {**about, "machine": describe(), "runs": [_result(row, run) for row, run in zip(found, runs, strict=True)]}
     (output / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     return text
 
@@ -122,7 +120,7 @@ def _run(job: Job, config: Path, directory: Path, title: str) -> float | None:
     Returns:
         The cores that other processes kept busy meanwhile, where that can be known.
     """
-    started, busy = time.monotonic(), _others_seconds()
+    started, busy = time.monotonic(), others_seconds()
     path = directory / "log.txt"
     with path.open("w", encoding="utf-8") as log:
         process = _start(job.command(config, directory), log, job.processes)
@@ -134,7 +132,7 @@ def _run(job: Job, config: Path, directory: Path, title: str) -> float | None:
         raise JobFailed(f"{title} failed with exit code {process.returncode}; the end of {path}:\n{_end_of_log(path)}")
     seconds = time.monotonic() - started
     print(f"{title}: done in {seconds:.0f} s", file=sys.stderr, flush=True)
-    after = _others_seconds()
+    after = others_seconds()
     return None if busy is None or after is None else max(0.0, after - busy) / seconds
 
 
@@ -146,7 +144,7 @@ def _end_of_log(path: Path) -> str:
 
 
 def _start(command: Sequence[str], log: TextIO, processes: int) -> subprocess.Popen[bytes]:
-    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // processes)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, cores() // processes)), **os.environ}
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
@@ -174,35 +172,3 @@ def _result(row: Row, run: Run) -> dict[str, Any]:
     losses = [step.loss for step in run.first.steps]
     evaluations = [asdict(evaluation) for evaluation in run.first.evaluations]
     return {**asdict(row), "costs": asdict(run.costs()), "losses": losses, "evaluations": evaluations}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _others_seconds() -> float | None:
-    """Seconds that all cores of the machine have worked, without the work of this process's ended children.
-
-    ``None`` where the system's count covers more cores than this process may use.
-    """
-    if psutil.cpu_count() != _cores():
-        return None
-    system, own = psutil.cpu_times(), os.times()
-    return system.user + system.system - own.children_user - own.children_system
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "cores": _cores(),
-        "processor": platform.machine(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "deepspeed", "amdp_plugin")},
-        "load_average": os.getloadavg(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
