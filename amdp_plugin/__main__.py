@@ -18,7 +18,7 @@ EXIT_USAGE = 2
 
 def main() -> None:
     """Run the script as ``python SCRIPT ARGUMENT ...`` would."""
-    arguments = sys.argv[1:]
+    passed_on, arguments = _take_local_rank(sys.argv[1:])
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE)
         raise SystemExit(0)
@@ -33,9 +33,15 @@ def main() -> None:
         from amdp_plugin.deepspeed.record import record_to
 
         record_to(directory)
-    sys.argv = arguments
+    sys.argv = [script, *passed_on, *arguments[1:]]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     runpy.run_path(script, run_name="__main__")
+
+
+def _take_local_rank(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Take off the front what DeepSpeed's launcher puts there, and means for the script."""
+    count = 1 if arguments and arguments[0].startswith(("--local_rank=", "--local-rank=")) else 0
+    return arguments[:count], arguments[count:]
 
 
 def _take_record(arguments: list[str]) -> Path | None:

@@ -130,6 +130,21 @@ def test_unmodified_script(tmp_path: Path) -> None:
     assert "trained by ScheduledPipelineEngine True" in done.stdout
 
 
+def test_deepspeeds_launcher(tmp_path: Path) -> None:
+    """It puts ``--local_rank`` before the script, and means it for the script."""
+    script = tmp_path / "show.py"
+    script.write_text("import sys, deepspeed\nprint(sys.argv[1:], hasattr(deepspeed.initialize, '__wrapped__'))\n")
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    command = [*launcher, "--master_port", str(free_port()), "--module", "amdp_plugin", str(script), "--steps", "3"]
+    root = str(Path(amdp_plugin.__file__).parents[1])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": root}, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"['--local_rank={rank}', '--steps', '3'] True" in done.stdout
+
+
 @pytest.mark.parametrize(("arguments", "code"), [((), 2), (("--help",), 0), (("no_such_script.py",), 2)])
 def test_usage(arguments: tuple[str, ...], code: int) -> None:
     done = run_module(*arguments)
