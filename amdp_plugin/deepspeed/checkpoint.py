@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from deepspeed.utils import logger
 
-from .worker import random_state, set_random_state
+from .random_state import random_state, set_random_state
 
 
 def _file(directory: Path, global_rank: int) -> Path:

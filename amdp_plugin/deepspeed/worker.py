@@ -6,28 +6,46 @@ that timers, activation checkpointing, bf16 and ZeRO-1 go on as they are.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+from torch import Tensor, nn
 
 from ..plan.action import Action
 from ..runtime.channels import Tensors
 from ..runtime.feed import Feed
 from ..runtime.stage import as_tuple, copy_buffers, gradients_of, input_leaf, one_or_tuple, restore_buffers
 from ..runtime.weights import live_update
+from .losses import WindowLosses
+from .random_state import random_state, set_random_state
 
-if TYPE_CHECKING:
-    from .engine import ScheduledPipelineEngine
+
+class StageEngine(Protocol):
+    """The engine, as far as its worker uses it."""
+
+    module: nn.Module
+    micro_batches: int
+    pipe_buffers: dict[str, list[Any]]
+    window_losses: WindowLosses
+    loss: Tensor
+    total_loss: Any
+    total_additional_losses: Any
+    grad_layer: Any
+
+    def is_first_stage(self) -> bool: ...
+    def is_last_stage(self) -> bool: ...
+    def load(self, batch: Any, buffer_id: int) -> None: ...
+    def report_losses(self, window: int) -> None: ...
+    def _exec_forward_pass(self, buffer_id: int) -> None: ...
+    def _exec_backward_pass(self, buffer_id: int) -> None: ...
+    def _exec_reduce_grads(self) -> None: ...
+    def _exec_optimizer_step(self) -> None: ...
 
 
 class EngineWorker:
     """The stage of ``engine``, whose in-flight micro-batches take turns in ``num_buffers`` pipeline buffers."""
 
-    def __init__(self, engine: ScheduledPipelineEngine, feed: Feed, num_buffers: int) -> None:
+    def __init__(self, engine: StageEngine, feed: Feed, num_buffers: int) -> None:
         self._engine, self._feed, self._num_buffers = engine, feed, num_buffers
         self._tuples: dict[int, bool] = {}
 
@@ -98,25 +116,3 @@ class EngineWorker:
     def _clear(self, buffer_id: int) -> None:
         for slots in self._engine.pipe_buffers.values():
             slots[buffer_id] = None
-
-
-def random_state() -> dict[str, Any]:
-    """All generators that layers draw from: torch's on the CPU and the device, the tracker of
-    tensor-parallel dropout, and Python's."""
-    accelerator = get_accelerator()
-    device = None if accelerator.device_name() == "cpu" else accelerator.get_rng_state()
-    return {
-        "cpu": torch.get_rng_state(),
-        "device": device,
-        "tracker": get_cuda_rng_tracker().get_states(),
-        "python": random.getstate(),
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Undo what was drawn since :func:`random_state`."""
-    torch.set_rng_state(state["cpu"])
-    if state["device"] is not None:
-        get_accelerator().set_rng_state(state["device"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
-    random.setstate(state["python"])

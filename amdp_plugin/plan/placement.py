@@ -29,6 +29,19 @@ class Placement:
         """Stage ``s`` on rank ``s``: the ordinary pipeline."""
         return cls((tuple(range(num_stages)),))
 
+    @classmethod
+    def complementary(cls, num_stages: int, directions: int) -> Placement:
+        """AMDP's directions (arXiv 2605.29664): pairs that run against each other, every pair shifted by four ranks.
+
+        In pipeline ``j``, even, stage ``i`` is on rank ``(2j + i) % num_stages``; pipeline ``j + 1`` is its mirror.
+        """
+        rows = []
+        for direction in range(directions):
+            first = direction // 2 * 4
+            row = [(first + stage) % num_stages for stage in range(num_stages)]
+            rows.append(tuple(reversed(row) if direction % 2 else row))
+        return cls(tuple(rows))
+
     @property
     def num_stages(self) -> int:
         return len(self.ranks[0])

@@ -9,15 +9,17 @@ from typing import Any
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .placement import Placement
 
-Priority = Callable[[Action], tuple[Any, ...]]
+Priority = Callable[[Action, float], tuple[Any, ...]]
+"""Orders what a rank could start at one instant, the least first. Takes the action, and the instant since which it could be
+started, in mean forwards of a stage."""
 
 
-def backward_first(action: Action) -> tuple[int, int]:
+def backward_first(action: Action, since: float) -> tuple[int, int]:
     """A waiting backward before a forward, then the oldest micro-batch."""
     return (action.kind != BACKWARD, action.index)
 
 
-def forward_first(action: Action) -> tuple[int, int]:
+def forward_first(action: Action, since: float) -> tuple[int, int]:
     """A waiting forward before a backward, then the oldest micro-batch."""
     return (action.kind != FORWARD, action.index)
 
@@ -34,7 +36,7 @@ class Schedule:
         in_flight: for every stage, how many micro-batches of one direction may be forwarded and not yet
             backwarded.
         max_gap: for every stage, the largest (version at backward) - (version at forward) it may show.
-        priority: orders the actions that a rank could start at one instant; the least goes first.
+        priorities: the orders to choose from, by trial under the costs at hand, what a rank starts.
         update_delay: backwards of the next window that a rank runs on a stage before the update of the
             closed window; above 0 the closed window's gradient is parked meanwhile.
         weights: which weights a forward and a backward use.
@@ -51,7 +53,7 @@ class Schedule:
     flush: bool
     in_flight: tuple[int, ...]
     max_gap: tuple[int, ...]
-    priority: Priority = backward_first
+    priorities: tuple[Priority, ...] = (backward_first,)
     update_delay: int = 0
     weights: str = "latest"
     correction: str = "none"

@@ -29,7 +29,7 @@ def shifted_pairs(depth: int) -> Placement:
     )
 
 
-def by_micro_batch(action: Action) -> int:
+def by_micro_batch(action: Action, since: float) -> int:
     return action.index
 
 
@@ -52,7 +52,7 @@ def made(
         flush=flush,
         in_flight=tuple(min(admitted, stages - stage) for stage in range(stages)),
         max_gap=(0 if flush else max_gap,) * stages,
-        priority=priority,
+        priorities=(priority,),
         update_delay=update_delay,
     )
 

@@ -13,5 +13,5 @@ def gpipe(num_stages: int, micro_batches: int) -> Schedule:
         flush=True,
         in_flight=(micro_batches,) * num_stages,
         max_gap=(0,) * num_stages,
-        priority=forward_first,
+        priorities=(forward_first,),
     )
