@@ -79,7 +79,12 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
         )
     grid = model.mpu()
     check_topology(config["pipeline"], grid.model_parallel_size, settings)
-    settings.make(grid.pipe_parallel_size, max(1, config.get("gradient_accumulation_steps") or 1))
+    schedule = settings.make(grid.pipe_parallel_size, max(1, config.get("gradient_accumulation_steps") or 1))
+    if schedule.placement.directions > 1:
+        refuse(
+            "it runs in several directions, for which ranks hold replicas of stages; it can be planned (amdp plan), "
+            "the DeepSpeed engine cannot run it yet: use paci"
+        )
 
 
 def _tied_across_stages(model: PipelineModule) -> list[str]:

@@ -10,8 +10,8 @@ from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .placement import Placement
 
 Priority = Callable[[Action, float], tuple[Any, ...]]
-"""Orders what a rank could start at one instant, the least first. Takes the action, and the instant since which it could be
-started, in mean forwards of a stage."""
+"""Orders what a rank could start now, the least first. Takes the action, and the instant since which it could
+be started, in mean forwards of a stage."""
 
 
 def backward_first(action: Action, since: float) -> tuple[int, int]:
@@ -22,6 +22,11 @@ def backward_first(action: Action, since: float) -> tuple[int, int]:
 def forward_first(action: Action, since: float) -> tuple[int, int]:
     """A waiting forward before a backward, then the oldest micro-batch."""
     return (action.kind != FORWARD, action.index)
+
+
+def oldest_first(action: Action, since: float) -> tuple[int, int]:
+    """The oldest micro-batch, then its backward."""
+    return (action.index, action.kind != BACKWARD)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"pipeline": {"schedule": "paci", "stagess": 2}},
         ["no key stagess", "activation_checkpoint_interval", "schedule"],
     ),
+    "several directions": (section("chimera"), ["several directions", "cannot run it yet", "paci"]),
     "fp16": ({**PACI, "fp16": {"enabled": True}}, ['"fp16"', "loss scaling", '"bf16"', "stock 1F1B"]),
     "amp": ({**PACI, "amp": {"enabled": True}}, ['"amp"', "apex", '"bf16"']),
     "torch_autocast": (

@@ -14,12 +14,20 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from ..schedule import Schedule
+from .amdp import amdp
+from .chimera import chimera
 from .gpipe import gpipe
 from .one_f_one_b import one_f_one_b
 from .paci import paci
 
 ENTRY_POINT_GROUP = "amdp_plugin.schedules"
-BUILT_IN: Mapping[str, Callable[..., Schedule]] = {"gpipe": gpipe, "1f1b": one_f_one_b, "paci": paci}
+BUILT_IN: Mapping[str, Callable[..., Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "chimera": chimera,
+    "paci": paci,
+    "amdp": amdp,
+}
 
 
 @cache

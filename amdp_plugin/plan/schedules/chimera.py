@@ -1,0 +1,23 @@
+"""Chimera (arXiv 2107.06925): two pipelines in opposite directions, and a flush."""
+
+from ..placement import Placement
+from ..schedule import Schedule, backward_first, oldest_first
+
+
+def chimera(num_stages: int, micro_batches: int) -> Schedule:
+    """Every rank holds two stages, one early and one late; each direction takes half of the micro-batches.
+
+    Raises:
+        ValueError: for an odd number of stages or of micro-batches.
+    """
+    if num_stages % 2:
+        raise ValueError(f"chimera: two mirrored directions need an even number of stages, got {num_stages}")
+    return Schedule(
+        name="chimera",
+        placement=Placement.complementary(num_stages, 2),
+        micro_batches=micro_batches,
+        flush=True,
+        in_flight=tuple(min(num_stages - stage, max(1, micro_batches // 2)) for stage in range(num_stages)),
+        max_gap=(0,) * num_stages,
+        priorities=(backward_first, oldest_first),
+    )

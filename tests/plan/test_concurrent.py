@@ -1,0 +1,143 @@
+"""AMDP and Chimera: placements, bounds, and how busy their programs keep the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.placement import Placement
+from amdp_plugin.plan.report import Report, report
+from amdp_plugin.plan.schedule import Priority
+from amdp_plugin.plan.scheduler import Scheduler
+from amdp_plugin.plan.schedules import make
+from amdp_plugin.plan.simulate import simulate
+from amdp_plugin.plan.verify import verify
+
+from .strategies import shifted_pairs
+
+THRESHOLD = 4
+"""Windows of ``THRESHOLD * num_stages`` micro-batches: the paper's best at 8 stages."""
+
+
+def figures(num_stages: int, ratio: float = 2.0, link: float = 0.0, name: str = "amdp") -> Report:
+    costs = CostModel.uniform(num_stages, backward_ratio=ratio, link_latency=link)
+    return report(Scheduler(make(name, num_stages, THRESHOLD * num_stages), costs), windows=1)
+
+
+@pytest.mark.parametrize("num_stages", [2, 4, 6, 8, 10, 12, 16])
+def test_placement_is_the_papers(num_stages: int) -> None:
+    """Section 4 of arXiv 2605.29664, written down a second time."""
+    rows = []
+    for j in range(num_stages // 2):
+        even = 2 * (j - j % 2)
+        mirror = [(even + num_stages - 1 - stage) % num_stages for stage in range(num_stages)]
+        rows.append(tuple(mirror if j % 2 else [(even + stage) % num_stages for stage in range(num_stages)]))
+    placement = Placement.complementary(num_stages, num_stages // 2)
+    assert placement.ranks == tuple(rows)
+    assert all(len(stages) == num_stages // 2 for stages in placement.stages)
+    if num_stages > 2:
+        assert placement == shifted_pairs(num_stages)
+
+
+@pytest.mark.parametrize(("num_stages", "least"), [(4, 0.98), (6, 0.92), (8, 0.98), (10, 0.88), (12, 0.98)])
+def test_utilization(num_stages: int, least: float) -> None:
+    found = figures(num_stages)
+    assert found.utilization >= least
+    assert found.deadlock_free
+    assert found.max_version_gap == 1
+    assert max(found.mismatched_by_stage) <= num_stages + num_stages // 2  # N, and one preloaded a direction
+    assert max(found.peak_in_flight_by_rank) <= 1.5 * num_stages
+    assert found.weight_copies_by_rank == (num_stages // 2,) * num_stages
+
+
+@pytest.mark.parametrize("num_stages", [4, 8, 12])
+def test_utilization_with_slow_links(num_stages: int) -> None:
+    assert figures(num_stages, link=0.1).utilization >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "ratio", "link", "authors"),
+    [
+        (4, 2.0, 0.0, 0.918),
+        (8, 2.0, 0.0, 0.957),
+        (4, 2.0, 0.1, 0.884),
+        (8, 2.0, 0.1, 0.910),
+        (4, 1.5, 0.0, 0.947),
+        (8, 1.5, 0.0, 0.973),
+    ],
+)
+def test_at_least_as_good_as_the_orders_of_the_authors(
+    num_stages: int, ratio: float, link: float, authors: float
+) -> None:
+    assert figures(num_stages, ratio, link).utilization >= authors
+
+
+def test_a_heavy_last_stage_costs_less_than_in_one_direction() -> None:
+    """Every rank holds early and late stages, so a heavy one is shared."""
+    heavy = (1.0,) * 7 + (1.5,)
+    costs = CostModel(heavy, tuple(2 * cost for cost in heavy), (0.0,) * 8)
+    amdp, paci = (report(Scheduler(make(name, 8, 32), costs), 1).utilization for name in ("amdp", "paci"))
+    assert paci == pytest.approx(8.5 / 12, abs=0.01)
+    assert amdp > paci + 0.1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_programs_obey_the_laws(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(["amdp", "chimera"]))
+    num_stages = 2 * data.draw(st.integers(1, 4))
+    allowed = [count for count in range(1, num_stages // 2 + 1) if num_stages % count == 0]
+    directions = data.draw(st.sampled_from(allowed)) if name == "amdp" else 2
+    options = {"directions": directions, "preload": data.draw(st.integers(0, 2))} if name == "amdp" else {}
+    schedule = make(name, num_stages, directions * data.draw(st.integers(1, 6)), **options)
+    seconds = st.floats(0.5, 3.0)
+    costs = CostModel(
+        tuple(data.draw(seconds) for _ in range(num_stages)),
+        tuple(data.draw(seconds) for _ in range(num_stages)),
+        (data.draw(st.floats(0.0, 1.0)),) * num_stages,
+        link_latency=data.draw(st.floats(0.0, 0.5)),
+    )
+    verify(Scheduler(schedule, costs).program(4))
+
+
+def test_the_fastest_of_the_orders_is_taken() -> None:
+    """No single order is as fast as the one that the scheduler chose, but that one itself."""
+    schedule = make("amdp", 8, 32)
+    costs = CostModel.uniform(8, link_latency=0.1)
+
+    def window(priorities: tuple[Priority, ...]) -> float:
+        program = Scheduler(replace(schedule, priorities=priorities), costs).program(7)
+        return simulate(program, costs).seconds_per_window(3, 7)
+
+    each = [window((priority,)) for priority in schedule.priorities]
+    assert window(schedule.priorities) == pytest.approx(min(each), rel=0.02)
+    assert max(each) > 1.05 * min(each)
+
+
+def test_chimera_halves_the_bubble() -> None:
+    """Figure 2 of arXiv 2107.06925: 4 stages, 4 micro-batches take 16 forwards, where 1F1B takes 21."""
+    found = report(Scheduler(make("chimera", 4, 4)), windows=1)
+    assert (found.forwards_per_window, found.max_version_gap, found.max_staleness) == (16, 0, 0)
+    assert report(Scheduler(make("1f1b", 4, 4)), windows=1).forwards_per_window == 21
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "size", "options", "message"),
+    [
+        ("amdp", 5, 20, {}, "amdp: complementary directions need an even number of stages, got 5"),
+        ("amdp", 8, 30, {}, "30 micro-batches do not divide over 4 directions; use 28 or 32"),
+        ("amdp", 8, 2, {}, "2 micro-batches do not divide over 4 directions; use 4"),
+        ("amdp", 8, 32, {"directions": 3}, "8 stages can run in 1, 2, 4 directions, got 3"),
+        ("amdp", 8, 32, {"directions": 8}, "8 stages can run in 1, 2, 4 directions, got 8"),
+        ("amdp", 8, 32, {"preload": -1}, "preload cannot be negative, got -1"),
+        ("chimera", 3, 4, {}, "two mirrored directions need an even number of stages, got 3"),
+        ("chimera", 4, 3, {}, "3 micro-batches do not divide over 2 directions; use 2 or 4"),
+    ],
+)
+def test_what_makes_no_schedule(name: str, stages: int, size: int, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(name, stages, size, **options)
