@@ -7,7 +7,9 @@ tool: train any sequential model under any schedule on one device, and see what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -33,26 +35,28 @@ class SerialPipeline:
     """Trains ``stages`` as ``schedule`` would, one action after the other.
 
     The weights have explicit versions: every stage's optimizer steps a master copy of its own, and the
-    result is written over the stage's parameters as the next version. A backward uses the version that is
-    then current, whatever its forward used. Each stage draws its random numbers from a stream of its own.
+    result is written over the parameters of each of the stage's replicas as their next version. A backward
+    uses the version that its replica then has, whatever its forward used. Each rank draws its random
+    numbers from a stream of its own.
 
     Args:
         stages: the consecutive slices of the model. A stage takes and returns a tensor or a tuple of tensors.
+            They become the home replicas; where a schedule has several directions, guests are copies of them.
         make_optimizer: called once a stage with its master parameters.
         loss: ``loss(output, label)`` of the last stage's output, a scalar.
-        schedule: in one direction, for example ``plan.schedules.make("paci", 4, 8)``.
-        seeds: the seed of each stage's random numbers; by default each continues from the present state.
+        schedule: for example ``plan.schedules.make("paci", 4, 8)``.
+        seeds: the seed of each rank's random numbers; by default each continues from the present state.
         master_dtype: dtype of the master copies and of the sum of gradients, for mixed precision; by
             default that of the parameters.
         before_step: called with a stage's master parameters, gradients set, before each step (to clip them).
 
     Attributes:
         versions: updates that each stage has had.
-        random_states: the state of each stage's random numbers.
+        random_states: the state of each rank's random numbers.
         used: for every (stage, micro-batch), the :class:`Used` versions. Micro-batches count from the start.
 
     Raises:
-        ValueError: for a schedule with several directions, delayed updates or other weights than the latest.
+        ValueError: for a schedule with delayed updates or with other weights than the latest.
     """
 
     def __init__(
@@ -66,28 +70,37 @@ class SerialPipeline:
         master_dtype: torch.dtype | None = None,
         before_step: Callable[[list[nn.Parameter]], Any] = lambda parameters: None,
     ) -> None:
-        if schedule.placement.directions > 1 or schedule.update_delay or schedule.weights != "latest":
-            raise ValueError(f"the serial pipeline runs one direction with the latest weights; {schedule.name} is more")
+        if schedule.update_delay or schedule.weights != "latest":
+            raise ValueError(f"the serial pipeline updates at once, to the latest weights; {schedule.name} does not")
         if len(stages) != schedule.num_stages:
             raise ValueError(f"{len(stages)} stages for a schedule of {schedule.num_stages}")
         self.stages, self.schedule = list(stages), schedule
-        self.versions = [0] * len(stages)
         self.used: dict[tuple[int, int], Used] = {}
-        self._loss, self._before_step, self._master_dtype = loss, before_step, master_dtype
-        self._parameters = [[p for p in stage.parameters() if p.requires_grad] for stage in stages]
-        self._masters = [[_master(p, master_dtype) for p in parameters] for parameters in self._parameters]
+        self._loss, self._before_step = loss, before_step
+        self._replicas = [
+            {rank: _Replica(_own(stage, copy=rank != ranks[0]), master_dtype) for rank in ranks}
+            for stage, ranks in zip(stages, schedule.placement.holders, strict=True)
+        ]
+        self._masters = [
+            [_master(parameter, master_dtype) for parameter in stage.parameters() if parameter.requires_grad]
+            for stage in stages
+        ]
         self.optimizers = [make_optimizer(masters) for masters in self._masters]
-        present = torch.get_rng_state()
-        self.random_states = [_random_state(seed) for seed in seeds] if seeds else [present.clone() for _ in stages]
+        ranks, present = range(schedule.num_ranks), torch.get_rng_state()
+        self.random_states = [_random_state(seed) for seed in seeds] if seeds else [present.clone() for _ in ranks]
         self._data: dict[int, tuple[Any, Any]] = {}
         self._losses: dict[int, Tensor] = {}
         self._flying: dict[tuple[int, int], tuple[Tensors, Tensors, int]] = {}
         self._messages: dict[tuple[int, str, int], Tensors] = {}
 
+    @property
+    def versions(self) -> list[int]:
+        return [self._home(stage).version for stage in range(len(self.stages))]
+
     def train(self, data: Iterator[tuple[Any, Any]], windows: int) -> list[float]:
         """Run ``windows`` windows, from an empty pipeline to an empty pipeline.
 
-        What the schedule would have forwarded beyond them is not forwarded: that is what cancelling comes to.
+        What the schedule would have done ahead, for later windows, is not done: that is what cancelling comes to.
 
         Args:
             data: ``(input, label)`` micro-batches; ``windows * schedule.micro_batches`` are taken.
@@ -99,41 +112,42 @@ class SerialPipeline:
         numbers = range(first * size, (first + windows) * size)
         self._data = {number: next(data) for number in numbers}
         self._losses.clear()
-        for _, action in play(Scheduler(self.schedule).program(windows)):
+        for rank, action in play(Scheduler(self.schedule).program(windows)):
             action = action.shifted(first, size)
-            if action.kind != FORWARD or action.index in numbers:
-                self._run(action)
+            if action.window(size) < first + windows:
+                self._run(rank, action)
         assert not self._flying and not self._messages, "the program left work undone"
         return [self._mean_loss(window) for window in range(first, first + windows)]
 
-    def _run(self, action: Action) -> None:
+    def _run(self, rank: int, action: Action) -> None:
         stage, kind, index = action
         if kind == UPDATE:
-            self._update(stage)
-            return
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self.random_states[stage])
-        self._forward(stage, index) if kind == FORWARD else self._backward(stage, index)
-        self.random_states[stage] = torch.get_rng_state()
-        torch.set_rng_state(outside)
+            self._update(rank, stage)
+        elif kind in (FORWARD, BACKWARD):
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self.random_states[rank])
+            run = self._forward if kind == FORWARD else self._backward
+            run(self._replicas[stage][rank], stage, index)
+            self.random_states[rank] = torch.get_rng_state()
+            torch.set_rng_state(outside)
 
-    def _forward(self, stage: int, index: int) -> None:
+    def _forward(self, replica: _Replica, stage: int, index: int) -> None:
         value = self._data[index][0] if stage == 0 else self._messages.pop((stage, FORWARD, index))
         inputs = (value,) if isinstance(value, Tensor) else tuple(value)
         if stage > 0:
             inputs = tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in inputs)
-        output = self.stages[stage](inputs[0] if len(inputs) == 1 else inputs)
+        output = replica.module(inputs[0] if len(inputs) == 1 else inputs)
         if stage == len(self.stages) - 1:
             output = self._loss(output, self._data[index][1])
             self._losses[index] = output.detach()
         outputs = (output,) if isinstance(output, Tensor) else tuple(output)
         if stage < len(self.stages) - 1:
             self._messages[stage + 1, FORWARD, index] = tuple(tensor.detach().clone() for tensor in outputs)
-        self._flying[stage, index] = (inputs, outputs, self.versions[stage])
+        self._flying[stage, index] = (inputs, outputs, replica.version)
 
-    def _backward(self, stage: int, index: int) -> None:
+    def _backward(self, replica: _Replica, stage: int, index: int) -> None:
         inputs, outputs, version = self._flying.pop((stage, index))
-        self.used[stage, index] = Used(version, self.versions[stage])
+        self.used[stage, index] = Used(version, replica.version)
         if stage == len(self.stages) - 1:
             (outputs[0] / self.schedule.micro_batches).backward()
         else:
@@ -144,29 +158,22 @@ class SerialPipeline:
             self._messages[stage - 1, BACKWARD, index] = tuple(
                 torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.clone() for tensor in floating
             )
-        if self._master_dtype is not None:
-            self._sum_in_master_dtype(stage)
+        replica.accumulate()
 
-    def _sum_in_master_dtype(self, stage: int) -> None:
-        for parameter, master in zip(self._parameters[stage], self._masters[stage], strict=True):
-            if parameter.grad is not None:
-                gradient = parameter.grad.to(master.dtype)
-                master.grad = gradient if master.grad is None else master.grad + gradient
-                parameter.grad = None
+    def _update(self, rank: int, stage: int) -> None:
+        """At home: step the masters with the gradients of all replicas. Everywhere: take the result as next version."""
+        masters, replica = self._masters[stage], self._replicas[stage][rank]
+        if replica is self._home(stage):
+            gradients = [replica.take_gradients() for replica in self._replicas[stage].values()]
+            for master, parts in zip(masters, zip(*gradients, strict=True), strict=True):
+                master.grad = _sum(parts)
+            self._before_step(masters)
+            self.optimizers[stage].step()
+            self.optimizers[stage].zero_grad(set_to_none=True)
+        replica.load(masters)
 
-    def _update(self, stage: int) -> None:
-        """Step the masters, and make the result the stage's next version."""
-        pairs = list(zip(self._parameters[stage], self._masters[stage], strict=True))
-        if self._master_dtype is None:
-            for parameter, master in pairs:
-                master.grad, parameter.grad = parameter.grad, None
-        self._before_step(self._masters[stage])
-        self.optimizers[stage].step()
-        self.optimizers[stage].zero_grad(set_to_none=True)
-        for parameter, master in pairs:
-            # Through .data, so that graphs that saved the parameter read the new version.
-            parameter.data.copy_(master.detach())
-        self.versions[stage] += 1
+    def _home(self, stage: int) -> _Replica:
+        return self._replicas[stage][self.schedule.placement.home(stage)]
 
     def _mean_loss(self, window: int) -> float:
         size = self.schedule.micro_batches
@@ -174,6 +181,51 @@ class SerialPipeline:
         for index in range(window * size, (window + 1) * size):
             total += self._losses[index]
         return float(total / size)
+
+
+class _Replica:
+    """A stage on one of the ranks that hold it: its parameters, at one version, and the sum of their gradients."""
+
+    def __init__(self, module: nn.Module, master_dtype: torch.dtype | None) -> None:
+        self.module, self.version = module, 0
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._master_dtype = master_dtype
+        self._sums: list[Tensor | None] = [None] * len(self._parameters)
+
+    def accumulate(self) -> None:
+        """After a backward: with a master dtype, the sum is kept in it."""
+        if self._master_dtype is not None:
+            for number, parameter in enumerate(self._parameters):
+                if parameter.grad is not None:
+                    self._sums[number] = _sum((self._sums[number], parameter.grad.to(self._master_dtype)))
+                    parameter.grad = None
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """The sums, which begin anew."""
+        if self._master_dtype is not None:
+            taken, self._sums = self._sums, [None] * len(self._sums)
+            return taken
+        found = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        return found
+
+    def load(self, masters: list[nn.Parameter]) -> None:
+        """Take the masters' values as the next version."""
+        for parameter, master in zip(self._parameters, masters, strict=True):
+            # Through .data, so that graphs that saved the parameter read the new version.
+            parameter.data.copy_(master.detach())
+        self.version += 1
+
+
+def _own(module: nn.Module, copy: bool) -> nn.Module:
+    return deepcopy(module) if copy else module
+
+
+def _sum(parts: Iterable[Tensor | None]) -> Tensor | None:
+    """The sum, from left to right, of those that are there."""
+    there = [part for part in parts if part is not None]
+    return reduce(torch.add, there) if there else None
 
 
 def _master(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:

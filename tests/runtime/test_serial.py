@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from amdp_plugin.plan.scheduler import Scheduler
 from amdp_plugin.plan.schedules import make
+from amdp_plugin.plan.versions import versions
 from amdp_plugin.runtime.serial import SerialPipeline
 
 from .models import build_stages, data, loss, make_adamw
@@ -25,14 +27,17 @@ class Scale(nn.Module):
         return x * self.weight
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def without_dropout(num_stages: int) -> list[nn.Module]:
+    """One model has one stream of random numbers, a pipeline one a rank: they agree where none is drawn."""
+    return [stage.eval() for stage in build_stages("plain", num_stages)]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "chimera"])
 def test_a_flush_is_gradient_accumulation(schedule: str) -> None:
     """Law 6: a synchronous schedule equals one model trained with gradient accumulation."""
-    stages = build_stages("plain", 3)
-    oracle = SerialPipeline(stages, make_adamw, loss, make(schedule, 3, 4), seeds=[0, 1, 2])
-    for stage in stages:
-        stage.eval()  # one model has one stream of random numbers, a pipeline one a stage
-    model = nn.Sequential(*build_stages("plain", 3)).eval()
+    stages = without_dropout(4)
+    oracle = SerialPipeline(stages, make_adamw, loss, make(schedule, 4, 4))
+    model = nn.Sequential(*without_dropout(4))
     optimizer, micro_batches = make_adamw(list(model.parameters())), data()
     means = oracle.train(data(), 3)
     for mean in means:
@@ -97,6 +102,31 @@ def test_the_delayed_backward_uses_the_new_weights() -> None:
     oracle.train(((torch.tensor([x], dtype=torch.float64), None) for x in xs), 2)
     assert deep.first.weight.item() == pytest.approx(expected_a, rel=1e-12)
     assert deep.second.weight.item() == pytest.approx(expected_b, rel=1e-12)
+
+
+@pytest.mark.parametrize(("num_stages", "size"), [(2, 4), (4, 8), (6, 12)])
+def test_amdp(num_stages: int, size: int) -> None:
+    """Every replica sees the versions of the plan and ends with its home's weights; the first window knows no gap."""
+    schedule = make("amdp", num_stages, size)
+    oracle = SerialPipeline(without_dropout(num_stages), make_adamw, loss, schedule)
+    flushed = SerialPipeline(without_dropout(num_stages), make_adamw, loss, make("1f1b", num_stages, size))
+    assert oracle.train(data(), 1) == flushed.train(data(), 1)
+    for found, expected in zip(oracle.stages, flushed.stages, strict=True):
+        for name, value in found.state_dict().items():
+            torch.testing.assert_close(value, expected.state_dict()[name])  # replicas add up in another order
+    oracle = SerialPipeline(without_dropout(num_stages), make_adamw, loss, schedule)
+    oracle.train(data(), 4)
+    planned = versions(Scheduler(schedule).program(4))
+    assert {place: (used.forward, used.backward) for place, used in oracle.used.items()} == {
+        place: (version.forward, version.backward) for place, version in planned.items() if place[1] < 4 * size
+    }
+    assert max(used.backward - used.forward for used in oracle.used.values()) == 1
+    for replicas in oracle._replicas:
+        home, *guests = replicas.values()
+        for guest in guests:
+            assert guest.version == home.version == 4
+            for mine, theirs in zip(guest.module.parameters(), home.module.parameters(), strict=True):
+                assert torch.equal(mine, theirs)
 
 
 def test_what_it_refuses() -> None:
