@@ -179,21 +179,23 @@ class Channels:
 
     # Control messages: small, on the CPU, in an order of their own
 
-    def send_header(self, receiver: int, window_exists: bool) -> None:
-        """Tell the next stage whether there is data for the window that begins."""
-        self._send_control(torch.tensor([int(window_exists)]), receiver, HEADER_TAG, None)
+    def send_header(self, receiver: int, action: Action, window_exists: bool) -> None:
+        """Tell the stage of ``action``, its first forward of a window, whether there is data for that window."""
+        self._send_control(torch.tensor([int(window_exists)]), receiver, HEADER_TAG, action)
 
-    def receive_header(self, sender: int) -> bool:
-        """Whether there is data for the window that begins, as the stage before says."""
-        return bool(self._receive_control(torch.zeros(1, dtype=torch.int64), sender, HEADER_TAG, "header").item())
+    def receive_header(self, sender: int, action: Action) -> bool:
+        """Whether there is data for the window that ``action`` begins, as the stage before says."""
+        target = torch.zeros(1, dtype=torch.int64)
+        return bool(self._receive_control(target, sender, HEADER_TAG, "receiving a header", action).item())
 
     def send_report(self, receiver: int, values: Tensor) -> None:
         """Send a small report, float64 [k] on the CPU, for example the losses of a window."""
-        self._send_control(values, receiver, REPORT_TAG, None)
+        self._send_control(values, receiver, REPORT_TAG, self._watch.last_done)
 
     def receive_report(self, sender: int, length: int) -> Tensor:
         """The next report of ``sender``, float64 [length]."""
-        return self._receive_control(torch.zeros(length, dtype=torch.float64), sender, REPORT_TAG, "report")
+        target = torch.zeros(length, dtype=torch.float64)
+        return self._receive_control(target, sender, REPORT_TAG, "receiving a report", self._watch.last_done)
 
     # How
 
@@ -202,10 +204,10 @@ class Channels:
             sent = self._transport.send_control(values, receiver, tag)
         self._keep(receiver, tag, action, *sent)
 
-    def _receive_control(self, target: Tensor, sender: int, tag: int, what: str) -> Tensor:
-        with self._watch.guard(f"receiving a {what}", None, sender):
+    def _receive_control(self, target: Tensor, sender: int, tag: int, what: str, action: Action | None) -> Tensor:
+        with self._watch.guard(what, action, sender):
             work = self._transport.receive_control(target, sender, tag)
-        self._watch.wait(work, f"receiving a {what}", None, sender)
+        self._watch.wait(work, what, action, sender, name=what)
         return target
 
     def _keep(self, receiver: int, tag: int, action: Action | None, work: Waitable, tensor: Tensor) -> None:
@@ -260,7 +262,8 @@ class Channels:
             signature = self._known_signature(sender, action)
             if signature is None:
                 encoded = torch.zeros(_SIGNATURE_LENGTH, dtype=torch.int64)
-                signature = Signature.decode(self._receive_control(encoded, sender, SIGNATURE_TAG, "signature"))
+                self._receive_control(encoded, sender, SIGNATURE_TAG, "receiving a signature", action)
+                signature = Signature.decode(encoded)
                 self._received_signatures[sender, action.stage] = signature
             self._post(sender, inbox, signature)
         action, incoming = inbox.posted.popleft()

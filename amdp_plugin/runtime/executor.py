@@ -129,8 +129,8 @@ class Executor:
         ranks of the pipeline must call it between the same two windows.
         """
         if self._channels is not None:
-            for _, direction in self._headers:
-                self._channels.receive_header(self._rank_before(direction))
+            for window, direction in self._headers:
+                self._receive_header(window, direction)
             self._channels.drain()
         self._worker.cancel(list(self._in_flight), self._snapshots.get(self.window))
         self.restart(self.window)
@@ -192,11 +192,10 @@ class Executor:
         if stage == 0:
             exists = self._has_window(window, direction)
         else:
-            assert self._channels is not None
-            exists = self._channels.receive_header(self._rank_before(direction))
+            exists = self._receive_header(window, direction)
         if stage < len(ranks) - 1:
             assert self._channels is not None
-            self._channels.send_header(ranks[stage + 1], exists)
+            self._channels.send_header(ranks[stage + 1], self._first_forward(stage + 1, window, direction), exists)
         elif stage > 0 and self._has_window(window, direction) != exists:
             has, lacks = ("first", "last") if exists else ("last", "first")
             raise RuntimeError(
@@ -208,9 +207,14 @@ class Executor:
         self._exists[key] = exists
         return exists
 
-    def _rank_before(self, direction: int) -> int:
+    def _receive_header(self, window: int, direction: int) -> bool:
         ranks = self.schedule.placement.ranks[direction]
-        return ranks[ranks.index(self.rank) - 1]
+        stage = ranks.index(self.rank)
+        assert self._channels is not None
+        return self._channels.receive_header(ranks[stage - 1], self._first_forward(stage, window, direction))
+
+    def _first_forward(self, stage: int, window: int, direction: int) -> Action:
+        return Action(stage, FORWARD, window * self.schedule.micro_batches + direction)
 
     def _forward(self, action: Action) -> None:
         stage, _, micro_batch = action

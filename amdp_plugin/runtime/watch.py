@@ -43,13 +43,18 @@ class Watch:
         self.timeline = timeline or Timeline()
         self.last_done: Action | None = None
 
-    def wait(self, work: Waitable, what: str, action: Action | None, peer: int) -> None:
+    def wait(self, work: Waitable, what: str, action: Action | None, peer: int, name: str | None = None) -> None:
         """Wait for ``work``, one wait with the whole timeout (an expired gloo wait closes its pair for good).
+
+        Args:
+            what: what is done, for a message.
+            action: for which action.
+            name: what the timeline calls it; by default as the action.
 
         Raises:
             PipelineStallError: when it does not complete in time, or the peer is gone.
         """
-        with self.guard(what, action, peer), self.timeline.span(str(action or what), WAIT):
+        with self.guard(what, action, peer), self.timeline.span(name or str(action or what), WAIT):
             work.wait(self.timeout)
 
     @contextmanager

@@ -78,7 +78,7 @@ def test_killed_peer(name: str, culprit: int) -> None:
     messages = check(job_of(name, 4), culprit, "vanish")
     assert all(re.search(r"with rank \d+ (failed|did not complete)", message) for message in messages)
     assert any(f"with rank {culprit} failed: the peer is gone" in message for message in messages)
-    assert any(re.search(r"stage \d+, at \d+[FB]\d+", message) for message in messages), messages
+    assert all(re.search(r"stage \d+, at \d+[FBU]\d+", message) for message in messages), messages
 
 
 @pytest.mark.parametrize(("culprit", "deed"), [(0, "freeze"), (1, "freeze"), (2, "freeze"), (1, "stay away")])
