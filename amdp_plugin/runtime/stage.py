@@ -39,8 +39,9 @@ def gradients_of(inputs: Tensors) -> Tensors:
 
 def copy_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the buffers that a checkpoint of ``module`` would hold: what its forwards may have changed."""
-    persistent = module.state_dict(keep_vars=True).keys()
-    return {name: buffer.clone() for name, buffer in module.named_buffers() if name in persistent}
+    buffers = dict(module.named_buffers())
+    persistent = module.state_dict(keep_vars=True).keys() if buffers else ()
+    return {name: buffers[name].clone() for name in persistent if name in buffers}
 
 
 @torch.no_grad()
