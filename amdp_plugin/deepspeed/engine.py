@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..runtime.transport import Transport
 from ..runtime.watch import PipelineStallError, Watch
 from .checkpoint import load_random_state, save_random_state
 from .config import read_settings
-from .losses import WindowLosses
+from .losses import MicroBatchLoss, WindowLosses
 from .schedule import RunAction, WindowSchedule
 from .stage_local import StageGrid, bound_collectives, make_stage_local
 from .worker import EngineWorker
@@ -62,12 +62,15 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._window: list[Action] = []
         self._loss_of_window: Any = None
         self._evaluating = False
+        self._loading: Any = None
         self._feed = Feed(self._pull)
         self._watch = Watch(self.stage_id, settings.timeout_seconds)
         self._channels: Channels | None = None
         self._build_executor()
-        if not self.executor.schedule.flush:
-            make_stage_local(self.optimizer, StageGrid(self.mpu))
+        # Where a flush makes the stages wait for one another anyway, norms are the whole model's, as in stock.
+        self._norm_grid = self.mpu if self.executor.schedule.flush else StageGrid(self.mpu)
+        if self._norm_grid is not self.mpu:
+            make_stage_local(self.optimizer, self._norm_grid)
         bound_collectives(self.grid, settings.timeout_seconds)
         atexit.register(_close, weakref.ref(self))
 
@@ -163,8 +166,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         return super()._next_batch() if self._evaluating else self._loading
 
     def clip_fp32_gradients(self) -> None:
-        grid = self.mpu if self.executor.schedule.flush else StageGrid(self.mpu)
-        clip_grad_norm_(parameters=self.module.parameters(), max_norm=self.gradient_clipping(), mpu=grid)
+        clip_grad_norm_(parameters=self.module.parameters(), max_norm=self.gradient_clipping(), mpu=self._norm_grid)
 
     def _start_timers(self, timer_names: Any) -> None:
         """Timers that run already go on: DeepSpeed 0.19.8 starts those of a backward twice on all stages but the
@@ -182,11 +184,14 @@ class ScheduledPipelineEngine(PipelineEngine):
     def report_losses(self, window: int) -> None:
         """On the last stage: average the losses of ``window`` as DeepSpeed does, and send them to the other stages."""
         numbers = range(window * self.micro_batches, (window + 1) * self.micro_batches)
-        self._sum_losses(numbers)
+        losses = self.window_losses.take(numbers)
+        self._sum_losses(losses)
         with torch.no_grad(), self._without_broadcast(), self._watch.guard("averaging the losses", None):
             self._loss_of_window = super()._aggregate_total_loss()
         additional = list((self.agg_additional_losses or {}).values())
         values = torch.stack([self.dp_group_loss, self._loss_of_window, *additional]).to("cpu", torch.float64)
+        if not torch.isfinite(values).all():
+            self._name_broken(numbers, losses)
         for rank in range(self.num_stages - 1):
             assert self._channels is not None
             self._channels.send_report(rank, values)
@@ -198,11 +203,14 @@ class ScheduledPipelineEngine(PipelineEngine):
         schedule = self.settings.make(self.num_stages, self.micro_batches)
         scheduler = Scheduler(schedule)
         planned = report(scheduler, windows=1)
-        if self._channels is None and self.num_stages > 1:
+        keep_sent = max(schedule.in_flight) + 1
+        if self._channels is not None:
+            self._channels.keep_sent = keep_sent
+        elif self.num_stages > 1:
             links = [(rank, peer) for rank, peers in enumerate(schedule.placement.neighbours) for peer in peers]
             ranks = [self.grid.stage_to_global(stage) for stage in range(self.num_stages)]
             transport = Transport(ranks, links, torch.device(self.device), self.settings.timeout_seconds)
-            self._channels = Channels(transport, self._watch, max(schedule.in_flight) + 1, self.dynamic_shape)
+            self._channels = Channels(transport, self._watch, keep_sent, self.dynamic_shape)
         worker = EngineWorker(self, self._feed, schedule.in_flight[self.stage_id])
         self.executor = Executor(scheduler, self.stage_id, worker, self._channels, self._watch)
         self.executor.restart(self.global_steps)
@@ -221,18 +229,20 @@ class ScheduledPipelineEngine(PipelineEngine):
             raise ValueError("there is no data: pass train_batch(data_iter=...), or training_data to initialize()")
         return super()._next_batch()
 
-    def _sum_losses(self, numbers: range) -> None:
+    def _sum_losses(self, losses: Sequence[MicroBatchLoss]) -> None:
         """Sum in the order of stock: micro-batch by micro-batch, from zero."""
-        losses = self.window_losses.take(numbers)
-        for number, (loss, _) in zip(numbers, losses, strict=True):
-            if not math.isfinite(float(loss)):
-                logger.warning(f"the loss of micro-batch {number} is {float(loss)} (stage {self.stage_id})")
         self.total_loss = sum((loss for loss, _ in losses[1:]), start=losses[0][0])
         first = losses[0][1]
         if first is not None:
             self.total_additional_losses = {
                 name: sum((extra[name] for _, extra in losses[1:] if extra), start=first[name]) for name in first
             }
+
+    def _name_broken(self, numbers: range, losses: Sequence[MicroBatchLoss]) -> None:
+        """Say whose loss is not finite. Done only when the sum is not: on a GPU each look waits for the device."""
+        for number, (loss, _) in zip(numbers, losses, strict=True):
+            if not math.isfinite(float(loss)):
+                logger.warning(f"the loss of micro-batch {number} is {float(loss)} (stage {self.stage_id})")
 
     @contextmanager
     def _without_broadcast(self) -> Iterator[None]:

@@ -96,11 +96,6 @@ class Schedule:
         return self.placement.num_ranks
 
     @property
-    def kinds(self) -> str:
-        """The kinds of action its programs hold."""
-        return FORWARD + BACKWARD + UPDATE + (REDUCE if self.reduces else "")
-
-    @property
     def reduces(self) -> bool:
         """Whether some stage lives on several ranks, so that their gradients must meet."""
         return any(len(holders) > 1 for holders in self.placement.holders)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .action import BACKWARD
+from .action import BACKWARD, FORWARD
 from .costs import TICKS_PER_SECOND, CostModel
 from .play import Place, play
 from .program import Program
@@ -92,6 +92,4 @@ def in_flight(program: Program, rank: int) -> list[int]:
     return counts
 
 
-_IN_FLIGHT = {"F": 1, "B": -1}
-
-
+_IN_FLIGHT = {FORWARD: 1, BACKWARD: -1}

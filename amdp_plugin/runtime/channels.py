@@ -119,7 +119,7 @@ class Channels:
 
     def __init__(self, transport: Transport, watch: Watch, keep_sent: int, dynamic_shapes: bool = False) -> None:
         self._transport, self._watch = transport, watch
-        self._keep_sent, self._dynamic = keep_sent, dynamic_shapes
+        self.keep_sent, self._dynamic = keep_sent, dynamic_shapes
         self._pool = BufferPool(transport.device)
         self._inboxes: dict[int, _Inbox] = {}
         self._outboxes: dict[tuple[int, int], deque[_Sent]] = {}
@@ -214,7 +214,7 @@ class Channels:
         """Hold on to what is being sent; a gloo send never says that it is done, so the program tells when."""
         outbox = self._outboxes.setdefault((receiver, tag), deque())
         outbox.append((work, tensor, action))
-        if len(outbox) > self._keep_sent:
+        if len(outbox) > self.keep_sent:
             self._reap(receiver, outbox)
 
     def _reap(self, receiver: int, outbox: deque[_Sent]) -> None:

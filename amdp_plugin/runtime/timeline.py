@@ -25,7 +25,7 @@ class Event(NamedTuple):
 
 @dataclass
 class Totals:
-    """Seconds since the last reset."""
+    """Seconds since the job's start."""
 
     run: float = 0.0
     wait: float = 0.0

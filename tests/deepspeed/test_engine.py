@@ -16,6 +16,7 @@ from deepspeed.pipe import PipelineModule
 from torch import Tensor
 
 import amdp_plugin
+from amdp_plugin.deepspeed import engine as engine_module
 from tests.processes import outcomes, run_ranks
 from tests.runtime.models import OPTIMIZERS, data, loss
 
@@ -245,3 +246,23 @@ def test_one_stage() -> None:
     found = run(job)
     assert_equals_oracle(found, *oracle(job))
     assert_same(found, run(job.stock))
+
+
+# A loss that is no number
+
+
+def train_with_a_broken_label(rank: int, job: Job, broken: int) -> list[str]:
+    """What the engine warns of, when the label of micro-batch ``broken`` is not a number."""
+    warned: list[str] = []
+    engine_module.logger.warning = warned.append  # in this process only
+    engine = make_engine(rank, job)
+    batches = ((x, y * float("nan") if index == broken else y) for index, (x, y) in enumerate(data()))
+    train(engine, batches, 3)
+    finish(engine, [])
+    return [message for message in warned if "the loss of micro-batch" in message]
+
+
+def test_a_broken_loss_names_its_micro_batch_and_stage() -> None:
+    first, last = run_ranks(2, train_with_a_broken_label, Job("paci", 2, 2), 4)
+    assert first == []
+    assert last[0] == "the loss of micro-batch 4 is nan (stage 1)"
