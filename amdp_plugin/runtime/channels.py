@@ -12,6 +12,7 @@ from torch import Tensor
 from ..plan.action import BACKWARD, FORWARD, Action
 from .transport import (
     ACTIVATION_TAG,
+    CONTROL_TAGS,
     GRADIENT_TAG,
     HEADER_TAG,
     REPORT_TAG,
@@ -177,25 +178,26 @@ class Channels:
         self._received_signatures.clear()
         self._pool.clear()
 
-    # Control messages: small, on the CPU, in an order of their own
+    # Control messages: small, on the CPU, in an order of their own for each direction
 
-    def send_header(self, receiver: int, action: Action, window_exists: bool) -> None:
+    def send_header(self, receiver: int, action: Action, window_exists: bool, direction: int = 0) -> None:
         """Tell the stage of ``action``, its first forward of a window, whether there is data for that window."""
-        self._send_control(torch.tensor([int(window_exists)]), receiver, HEADER_TAG, action)
+        values = torch.tensor([int(window_exists)])
+        self._send_control(values, receiver, HEADER_TAG + CONTROL_TAGS * direction, action)
 
-    def receive_header(self, sender: int, action: Action) -> bool:
+    def receive_header(self, sender: int, action: Action, direction: int = 0) -> bool:
         """Whether there is data for the window that ``action`` begins, as the stage before says."""
-        target = torch.zeros(1, dtype=torch.int64)
-        return bool(self._receive_control(target, sender, HEADER_TAG, "receiving a header", action).item())
+        target, tag = torch.zeros(1, dtype=torch.int64), HEADER_TAG + CONTROL_TAGS * direction
+        return bool(self._receive_control(target, sender, tag, "receiving a header", action).item())
 
-    def send_report(self, receiver: int, values: Tensor) -> None:
+    def send_report(self, receiver: int, values: Tensor, direction: int = 0) -> None:
         """Send a small report, float64 [k] on the CPU, for example the losses of a window."""
-        self._send_control(values, receiver, REPORT_TAG, self._watch.last_done)
+        self._send_control(values, receiver, REPORT_TAG + CONTROL_TAGS * direction, self._watch.last_done)
 
-    def receive_report(self, sender: int, length: int) -> Tensor:
-        """The next report of ``sender``, float64 [length]."""
-        target = torch.zeros(length, dtype=torch.float64)
-        return self._receive_control(target, sender, REPORT_TAG, "receiving a report", self._watch.last_done)
+    def receive_report(self, sender: int, length: int, direction: int = 0) -> Tensor:
+        """The next report of ``sender`` about ``direction``, float64 [length]."""
+        target, tag = torch.zeros(length, dtype=torch.float64), REPORT_TAG + CONTROL_TAGS * direction
+        return self._receive_control(target, sender, tag, "receiving a report", self._watch.last_done)
 
     # How
 

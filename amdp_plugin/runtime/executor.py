@@ -6,17 +6,28 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ..plan.action import BACKWARD, FORWARD, REDUCE, Action
+from ..plan.schedule import Schedule
 from ..plan.scheduler import Scheduler
 from .channels import Channels, Tensors
+from .exchange import Exchange
 from .timeline import Timeline
 from .watch import Watch
+
+
+def keep_sent(schedule: Schedule) -> int:
+    """Messages from one rank to another after which the oldest has certainly been received.
+
+    Between the two there is at most one link a direction, with at most as many messages as may be in flight.
+    One more, and some direction has had an answer to a message sent after the oldest; messages are received in order.
+    """
+    return schedule.placement.directions * max(schedule.in_flight) + 1
 
 
 class Worker(Protocol):
     """What a rank can do; the executor says when. Micro-batches and windows are numbered from the job's start."""
 
     def has_window(self, window: int) -> bool:
-        """On a first stage: whether there is data for the whole window."""
+        """Where a first or last stage is: whether there is data for the whole window."""
 
     def forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         """Forward one micro-batch; ``inputs`` is ``None`` on the first stage, the result on the last."""
@@ -25,20 +36,27 @@ class Worker(Protocol):
         """Accumulate the gradients of one micro-batch. Takes those of the forward's floating-point outputs
         (``None`` on the last stage), returns those of its floating-point inputs (``None`` on the first)."""
 
-    def reduce(self, action: Action) -> None:
-        """Reduce the window's gradients of a stage to their owner."""
-
     def update(self, action: Action) -> None:
-        """Apply the window's mean gradient to the stage, under the graphs that are alive."""
+        """At the home of a stage: apply the window's mean gradient to it, under the graphs that are alive."""
 
-    def end_of_backwards(self, window: int) -> None:
-        """The last stage has sent its last gradient of ``window`` and not yet updated: time to report the loss."""
+    def release(self, action: Action) -> None:
+        """The backward ``action`` is done and will not be cancelled: its data may go."""
 
-    def snapshot(self) -> Any:
-        """Whatever a forward changes besides its output: random state, buffers, counters."""
+    def end_of_backwards(self, window: int, direction: int) -> None:
+        """The last stage of ``direction`` has sent its last gradient of ``window``, whose update is still to come:
+        time to report the loss."""
 
-    def cancel(self, micro_batches: Sequence[tuple[int, int]], snapshot: Any) -> None:
-        """Forget the forwards of these (stage, micro-batch) and return to ``snapshot`` (if there were any)."""
+    def snapshot(self, action: Action) -> Any:
+        """Whatever the forward ``action`` is going to change besides its output: random state, buffers."""
+
+    def cancel(self, forwards: Sequence[Action], backwards: Sequence[Action], snapshots: Sequence[Any]) -> None:
+        """Forget what is in flight.
+
+        Args:
+            forwards: those without a backward yet.
+            backwards: those for a window that has not begun. Nothing else is in the sums of gradients then.
+            snapshots: of before the first cancelled forwards, one for every direction that had any.
+        """
 
 
 class Executor:
@@ -50,13 +68,21 @@ class Executor:
         worker: what computes.
         channels: messages; ``None`` in a pipeline of one rank.
         watch: what is being done and waited for.
+        exchange: gradients and weights of stages that several ranks hold; ``None`` where there are none.
     """
 
     def __init__(
-        self, scheduler: Scheduler, rank: int, worker: Worker, channels: Channels | None, watch: Watch
+        self,
+        scheduler: Scheduler,
+        rank: int,
+        worker: Worker,
+        channels: Channels | None,
+        watch: Watch,
+        exchange: Exchange | None = None,
     ) -> None:
         self.scheduler, self.schedule, self.rank = scheduler, scheduler.schedule, rank
-        self._worker, self._channels, self._watch = worker, channels, watch
+        self._worker, self._channels, self._watch, self._exchange = worker, channels, watch, exchange
+        self._last_stage = self.schedule.num_stages - 1
         self.versions = dict.fromkeys(self.schedule.placement.stages[rank], 0)
         """Updates that each stage on this rank has had since the job's start."""
         self.largest_gap = 0
@@ -73,8 +99,9 @@ class Executor:
         """Let the program begin anew, with an empty pipeline, at ``window``; nothing may be in flight."""
         self.window = self._base = window
         self.versions = dict.fromkeys(self.versions, window)
-        self._in_flight: dict[tuple[int, int], int] = {}
-        self._snapshots: dict[int, Any] = {}
+        self._in_flight: dict[Action, int] = {}
+        self._early: list[Action] = []
+        self._snapshots: dict[tuple[int, int], Any] = {}
         self._exists: dict[tuple[int, int], bool] = {}
         self._read: dict[tuple[int, int], bool] = {}
         self._headers: list[tuple[int, int]] = []
@@ -101,6 +128,11 @@ class Executor:
                 raise StopIteration(f"the data ends before the {size} micro-batches of window {self.window}")
         self._expect_messages()
         self._read_ahead()
+        if self._exchange is not None:
+            self._exchange.open_window(self.window)
+        early, self._early = self._early, []
+        for action in early:
+            self._count(action)
         return self._row(self.rank)
 
     def execute(self, action: Action) -> None:
@@ -109,15 +141,17 @@ class Executor:
             self._forward(action)
         elif action.kind == BACKWARD:
             self._backward(action)
+        elif action.kind == REDUCE:
+            assert self._exchange is not None
+            self._exchange.reduce(action)
         else:
-            with self.timeline.span(str(action)), self._watch.guard("a collective", action):
-                self._worker.reduce(action) if action.kind == REDUCE else self._update(action)
+            self._update(action)
         self._watch.last_done = action
 
     def close_window(self) -> None:
         """All actions of the window that :meth:`open_window` began are done."""
         self.window += 1
-        self._snapshots = {window: state for window, state in self._snapshots.items() if window >= self.window}
+        self._snapshots = {key: state for key, state in self._snapshots.items() if key[0] >= self.window}
         self._exists = {key: exists for key, exists in self._exists.items() if key[0] >= self.window}
         self._read = {key: has for key, has in self._read.items() if key[0] >= self.window}
 
@@ -132,7 +166,10 @@ class Executor:
             for window, direction in self._headers:
                 self._receive_header(window, direction)
             self._channels.drain()
-        self._worker.cancel(list(self._in_flight), self._snapshots.get(self.window))
+        if self._exchange is not None:
+            self._exchange.drain()
+        snapshots = [state for (window, _), state in self._snapshots.items() if window == self.window]
+        self._worker.cancel(list(self._in_flight), self._early, snapshots)
         self.restart(self.window)
 
     def _row(self, rank: int) -> list[Action]:
@@ -195,7 +232,8 @@ class Executor:
             exists = self._receive_header(window, direction)
         if stage < len(ranks) - 1:
             assert self._channels is not None
-            self._channels.send_header(ranks[stage + 1], self._first_forward(stage + 1, window, direction), exists)
+            first = self._first_forward(stage + 1, window, direction)
+            self._channels.send_header(ranks[stage + 1], first, exists, direction)
         elif stage > 0 and self._has_window(window, direction) != exists:
             has, lacks = ("first", "last") if exists else ("last", "first")
             raise RuntimeError(
@@ -211,7 +249,8 @@ class Executor:
         ranks = self.schedule.placement.ranks[direction]
         stage = ranks.index(self.rank)
         assert self._channels is not None
-        return self._channels.receive_header(ranks[stage - 1], self._first_forward(stage, window, direction))
+        first = self._first_forward(stage, window, direction)
+        return self._channels.receive_header(ranks[stage - 1], first, direction)
 
     def _first_forward(self, stage: int, window: int, direction: int) -> Action:
         return Action(stage, FORWARD, window * self.schedule.micro_batches + direction)
@@ -222,37 +261,61 @@ class Executor:
         if self._opens_window(action):
             self._window_exists(window, direction)
         inputs = self._receive(stage - 1, action) if stage > 0 else None
-        self._take_snapshot(window)
+        self._settle(stage)
+        self._take_snapshot(action, window, direction)
         with self.timeline.span(str(action)):
             outputs = self._worker.forward(action, inputs)
-        self._in_flight[stage, micro_batch] = self.versions[stage]
+        self._in_flight[action] = self.versions[stage]
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
-        if stage < self.schedule.num_stages - 1:
+        if stage < self._last_stage:
             self._send(action, outputs, returns=Action(stage, BACKWARD, micro_batch))
 
     def _backward(self, action: Action) -> None:
         stage, _, micro_batch = action
-        last = self.schedule.num_stages - 1
-        gradients = self._receive(stage + 1, action) if stage < last else None
+        gradients = self._receive(stage + 1, action) if stage < self._last_stage else None
+        self._settle(stage)
         with self.timeline.span(str(action)):
             input_gradients = self._worker.backward(action, gradients)
-        gap = self.versions[stage] - self._in_flight.pop((stage, micro_batch))
+        gap = self.versions[stage] - self._in_flight.pop(Action(stage, FORWARD, micro_batch))
         self.largest_gap = max(self.largest_gap, gap)
         if stage > 0:
             self._send(action, input_gradients)
-        if stage == last and (micro_batch + 1) % self.schedule.micro_batches == 0:
-            self._worker.end_of_backwards(action.window(self.schedule.micro_batches))
+        if action.window(self.schedule.micro_batches) > self.window:
+            self._early.append(action)
+        else:
+            self._count(action)
+
+    def _count(self, action: Action) -> None:
+        """The window of the backward ``action`` has begun, so that it will not be cancelled."""
+        self._worker.release(action)
+        if action.stage == self._last_stage and self._closes_window(action):
+            self._worker.end_of_backwards(*self._window_and_direction(action))
+
+    def _closes_window(self, action: Action) -> bool:
+        """Whether it is the last backward of its window in its direction."""
+        size, directions = self.schedule.micro_batches, self.schedule.placement.directions
+        return action.index % size >= size - directions
 
     def _update(self, action: Action) -> None:
-        self._worker.update(action)
+        home, *guests = self.schedule.placement.holders[action.stage]
+        if self.rank == home:
+            with self.timeline.span(str(action)), self._watch.guard("a collective", action):
+                self._worker.update(action)
+        if guests:
+            assert self._exchange is not None
+            self._exchange.send_weights(action) if self.rank == home else self._exchange.receive_weights(action)
         self.versions[action.stage] += 1
 
-    def _take_snapshot(self, window: int) -> None:
-        """Before the first forward for a window that has not begun: what :meth:`quiesce` would return to."""
-        missing = [later for later in range(self.window + 1, window + 1) if later not in self._snapshots]
+    def _settle(self, stage: int) -> None:
+        if self._exchange is not None:
+            self._exchange.settle(stage)
+
+    def _take_snapshot(self, action: Action, window: int, direction: int) -> None:
+        """Before a direction's first forward for a window that has not begun: what :meth:`quiesce` would return to."""
+        missing = [later for later in range(self.window + 1, window + 1) if (later, direction) not in self._snapshots]
         if missing:
-            state = self._worker.snapshot()
-            self._snapshots.update((later, state) for later in missing)
+            state = self._worker.snapshot(action)
+            self._snapshots.update(((later, direction), state) for later in missing)
 
     def _receive(self, stage: int, action: Action) -> Tensors:
         """What ``stage``, the neighbour, computed for ``action``."""

@@ -14,10 +14,11 @@ class Feed:
 
     Args:
         pull: returns the next micro-batch; raises ``StopIteration`` at the end, and may go on later.
+        wanted: which micro-batches are used here, of those that all directions share; the others are let go.
     """
 
-    def __init__(self, pull: Callable[[], Any]) -> None:
-        self._pull = pull
+    def __init__(self, pull: Callable[[], Any], wanted: Callable[[int], bool] = lambda micro_batch: True) -> None:
+        self._pull, self._wanted = pull, wanted
         self._kept: dict[int, Any] = {}
         self._next = 0
         self._latest: Any = None
@@ -32,7 +33,8 @@ class Feed:
             except StopIteration:
                 self._ended = True
                 break
-            self._kept[self._next] = self._latest
+            if self._wanted(self._next):
+                self._kept[self._next] = self._latest
             self._next += 1
         return micro_batch < self._next
 
@@ -55,7 +57,7 @@ class Feed:
         self._next = micro_batch
         self._ended = False
 
-    def renumber(self, micro_batch: int) -> None:
-        """Count what is kept from ``micro_batch`` on (when windows change their size)."""
-        self._kept = dict(enumerate(self._kept.values(), start=micro_batch))
-        self._next = micro_batch + len(self._kept)
+    def renumber(self, before: int, after: int) -> None:
+        """What was micro-batch ``before`` is number ``after`` from now on (when windows change their size)."""
+        self._kept = {number - before + after: value for number, value in self._kept.items()}
+        self._next += after - before

@@ -19,6 +19,7 @@ from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
 from ..plan.play import play
 from ..plan.schedule import Schedule
 from ..plan.scheduler import Scheduler
+from .random_streams import split
 
 Tensors = tuple[Tensor, ...]
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -36,8 +37,8 @@ class SerialPipeline:
 
     The weights have explicit versions: every stage's optimizer steps a master copy of its own, and the
     result is written over the parameters of each of the stage's replicas as their next version. A backward
-    uses the version that its replica then has, whatever its forward used. Each rank draws its random
-    numbers from a stream of its own.
+    uses the version that its replica then has, whatever its forward used. Each direction on each rank draws
+    its random numbers from a stream of its own.
 
     Args:
         stages: the consecutive slices of the model. A stage takes and returns a tensor or a tuple of tensors.
@@ -52,7 +53,7 @@ class SerialPipeline:
 
     Attributes:
         versions: updates that each stage has had.
-        random_states: the state of each rank's random numbers.
+        random_states: for each rank, the states of its directions' random numbers.
         used: for every (stage, micro-batch), the :class:`Used` versions. Micro-batches count from the start.
 
     Raises:
@@ -87,7 +88,8 @@ class SerialPipeline:
         ]
         self.optimizers = [make_optimizer(masters) for masters in self._masters]
         ranks, present = range(schedule.num_ranks), torch.get_rng_state()
-        self.random_states = [_random_state(seed) for seed in seeds] if seeds else [present.clone() for _ in ranks]
+        states = [_random_state(seed) for seed in seeds] if seeds else [present.clone() for _ in ranks]
+        self.random_states = [self._streams(state) for state in states]
         self._data: dict[int, tuple[Any, Any]] = {}
         self._losses: dict[int, Tensor] = {}
         self._flying: dict[tuple[int, int], tuple[Tensors, Tensors, int]] = {}
@@ -96,6 +98,10 @@ class SerialPipeline:
     @property
     def versions(self) -> list[int]:
         return [self._home(stage).version for stage in range(len(self.stages))]
+
+    def replica(self, stage: int, rank: int) -> nn.Module:
+        """``stage`` as ``rank`` holds it."""
+        return self._replicas[stage][rank].module
 
     def train(self, data: Iterator[tuple[Any, Any]], windows: int) -> list[float]:
         """Run ``windows`` windows, from an empty pipeline to an empty pipeline.
@@ -124,11 +130,11 @@ class SerialPipeline:
         if kind == UPDATE:
             self._update(rank, stage)
         elif kind in (FORWARD, BACKWARD):
-            outside = torch.get_rng_state()
-            torch.set_rng_state(self.random_states[rank])
+            outside, direction = torch.get_rng_state(), index % self.schedule.placement.directions
+            torch.set_rng_state(self.random_states[rank][direction])
             run = self._forward if kind == FORWARD else self._backward
             run(self._replicas[stage][rank], stage, index)
-            self.random_states[rank] = torch.get_rng_state()
+            self.random_states[rank][direction] = torch.get_rng_state()
             torch.set_rng_state(outside)
 
     def _forward(self, replica: _Replica, stage: int, index: int) -> None:
@@ -176,11 +182,23 @@ class SerialPipeline:
         return self._replicas[stage][self.schedule.placement.home(stage)]
 
     def _mean_loss(self, window: int) -> float:
-        size = self.schedule.micro_batches
+        """The sum over the directions of their sums over micro-batches, divided as they are reported."""
+        size, directions = self.schedule.micro_batches, self.schedule.placement.directions
         total = torch.zeros_like(self._losses[window * size])
-        for index in range(window * size, (window + 1) * size):
-            total += self._losses[index]
-        return float(total / size)
+        for direction in range(directions):
+            own = torch.zeros_like(total)
+            for index in range(window * size + direction, (window + 1) * size, directions):
+                own += self._losses[index]
+            total += own / size
+        return float(total)
+
+    def _streams(self, state: Tensor) -> list[Tensor]:
+        """A stream for each direction, from the state of a rank."""
+        outside = torch.get_rng_state()
+        torch.set_rng_state(state)
+        states = split(self.schedule.placement.directions, torch.get_rng_state, torch.set_rng_state, torch.manual_seed)
+        torch.set_rng_state(outside)
+        return states
 
 
 class _Replica:

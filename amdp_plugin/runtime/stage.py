@@ -1,16 +1,19 @@
-"""A worker for plain PyTorch: one stage, its optimizer and, at the ends of the pipeline, the data."""
+"""Stages in plain PyTorch, and a worker that runs those of one rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..plan.action import Action
+from ..plan.schedule import Schedule
 from .channels import Tensors
 from .feed import Feed
+from .random_streams import RandomStreams
+from .replica import Guest, Home, Replica
 from .weights import live_update
 
 Loss = Callable[[Any, Any], Tensor]
@@ -52,84 +55,137 @@ def restore_buffers(module: nn.Module, copies: dict[str, Tensor]) -> None:
             buffer.copy_(copies[name])
 
 
-class StageWorker:
-    """One stage of an ordinary pipeline (``runtime.executor.Worker``).
+class Stage:
+    """A stage as autograd runs it, and what is in flight on it.
 
     Args:
-        module: the stage. Takes a tensor or a tuple of tensors, as the stage before returns them.
-        optimizer: steps the stage after every window, with the mean gradient of its micro-batches.
-        micro_batches: micro-batches of a window.
-        loss: on the last stage, ``loss(output, label)``, a scalar.
-        data: on the first and the last stage, the same ``(input, label)`` micro-batches.
+        module: takes a tensor or a tuple of tensors, as the stage before returns them.
+        loss: on a last stage, ``loss(output, label)``.
+        scale: on a last stage, makes of the loss what the backward begins from.
+    """
+
+    def __init__(
+        self, module: Callable[[Any], Any], loss: Loss | None = None, scale: Callable[[Tensor], Tensor] = lambda loss: loss
+    ) -> None:
+        self._module, self._loss, self._scale = module, loss, scale
+        self._in_flight: dict[int, tuple[Tensors, Tensors]] = {}
+
+    def forward(self, micro_batch: int, inputs: Tensors, label: Any = None) -> Tensors:
+        """The outputs; on a last stage the loss."""
+        output = self._module(one_or_tuple(inputs))
+        outputs = as_tuple(output if self._loss is None else self._loss(output, label))
+        self._in_flight[micro_batch] = inputs, outputs
+        return outputs
+
+    def backward(self, micro_batch: int, gradients: Tensors | None) -> Tensors:
+        """Accumulate the gradients of the weights; returns the inputs, which have theirs."""
+        inputs, outputs = self._in_flight.pop(micro_batch)
+        if gradients is None:
+            self._scale(outputs[0]).backward()
+        else:
+            torch.autograd.backward([tensor for tensor in outputs if tensor.is_floating_point()], gradients)
+        return inputs
+
+    def cancel(self, micro_batch: int) -> None:
+        """Forget a forward."""
+        del self._in_flight[micro_batch]
+
+
+class StageWorker:
+    """The stages of one rank (``runtime.executor.Worker``).
+
+    Args:
+        schedule: tells which stages others hold too, and where each has its home.
+        rank: this rank in the pipeline.
+        modules: every stage that it holds.
+        optimizers: for every stage that has its home here, what steps it after a window, with the mean gradient.
+        loss: of the last stage, a scalar.
+        data: where a first or last stage is, the ``(input, label)`` micro-batches of all directions.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        micro_batches: int,
+        schedule: Schedule,
+        rank: int,
+        modules: Mapping[int, nn.Module],
+        optimizers: Mapping[int, torch.optim.Optimizer],
         loss: Loss | None = None,
         data: Iterator[tuple[Any, Any]] | None = None,
     ) -> None:
-        self.module, self.optimizer, self.losses = module, optimizer, dict[int, float]()
-        self._micro_batches, self._loss = micro_batches, loss
-        self._feed = Feed(lambda: next(data)) if data is not None else None
-        self._inputs: dict[int, Tensors] = {}
-        self._outputs: dict[int, Tensors] = {}
+        self.modules, self.losses = modules, dict[int, float]()
+        self._micro_batches, self._last = schedule.micro_batches, schedule.num_stages - 1
+        self._directions, self._optimizers = schedule.placement.directions, optimizers
+        self._stages = {
+            stage: Stage(module, loss if stage == self._last else None, lambda loss: loss / self._micro_batches)
+            for stage, module in modules.items()
+        }
+        self.replicas: dict[int, Replica] = {
+            stage: Home(module) if stage in optimizers else Guest(module)
+            for stage, module in modules.items()
+            if len(schedule.placement.holders[stage]) > 1
+        }
+        self.streams = RandomStreams(self._directions)
+        ends = [direction for direction, row in enumerate(schedule.placement.ranks) if rank in (row[0], row[-1])]
+        self._feed = Feed(lambda: next(data), lambda number: number % self._directions in ends) if data else None
 
     def has_window(self, window: int) -> bool:
-        assert self._feed is not None, "the first and the last stage need data"
+        assert self._feed is not None, "the ranks of first and last stages need data"
         return self._feed.has((window + 1) * self._micro_batches - 1)
 
     def forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
-        micro_batch = action.index
+        stage, _, micro_batch = action
         if inputs is None:
-            assert self._feed is not None
-            self._inputs[micro_batch] = as_tuple(self._feed.take(micro_batch)[0])
+            leaves = as_tuple(self._take(micro_batch)[0])
         else:
-            self._inputs[micro_batch] = tuple(input_leaf(tensor) for tensor in inputs)
-        output = self.module(one_or_tuple(self._inputs[micro_batch]))
-        if self._loss is not None:
-            assert self._feed is not None
-            output = self._loss(output, self._feed.take(micro_batch)[1])
-            self.losses[micro_batch] = float(output.detach())
-        self._outputs[micro_batch] = as_tuple(output)
-        return None if self._loss is not None else self._outputs[micro_batch]
+            leaves = tuple(input_leaf(tensor) for tensor in inputs)
+        label = self._take(micro_batch)[1] if stage == self._last else None
+        with self.streams.drawing(micro_batch % self._directions):
+            outputs = self._stages[stage].forward(micro_batch, leaves, label)
+        if stage < self._last:
+            return outputs
+        self.losses[micro_batch] = float(outputs[0].detach())
+        return None
 
     def backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
-        micro_batch = action.index
-        outputs, inputs = self._outputs.pop(micro_batch), self._inputs.pop(micro_batch)
-        if self._loss is not None:
-            (outputs[0] / self._micro_batches).backward()
-        else:
-            floating = [tensor for tensor in outputs if tensor.is_floating_point()]
-            torch.autograd.backward(floating, gradients)
-        if self._feed is not None:
-            self._feed.release(micro_batch)
-        return gradients_of(inputs) if action.stage > 0 else None
-
-    def reduce(self, action: Action) -> None:
-        raise NotImplementedError(f"{action}: a stage on several ranks needs a worker that knows its replicas")
+        stage, _, micro_batch = action
+        inputs = self._stages[stage].backward(micro_batch, gradients)
+        replica = self.replicas.get(stage)
+        if isinstance(replica, Guest):
+            replica.accumulate()
+        return gradients_of(inputs) if stage > 0 else None
 
     def update(self, action: Action) -> None:
-        with live_update(self.module.parameters()):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        optimizer = self._optimizers[action.stage]
+        with live_update(self.modules[action.stage].parameters()):
+            optimizer.step()
+        optimizer.zero_grad()
 
-    def end_of_backwards(self, window: int) -> None:
+    def release(self, action: Action) -> None:
+        if self._feed is not None:
+            self._feed.release(action.index)
+
+    def end_of_backwards(self, window: int, direction: int) -> None:
         pass
 
-    def snapshot(self) -> Any:
-        return torch.get_rng_state(), copy_buffers(self.module)
+    def snapshot(self, action: Action) -> Any:
+        direction = action.index % self._directions
+        return direction, self.streams.states()[direction], action.stage, copy_buffers(self.modules[action.stage])
 
-    def cancel(self, micro_batches: Sequence[tuple[int, int]], snapshot: Any) -> None:
-        for _, micro_batch in micro_batches:
-            self._inputs.pop(micro_batch)
-            self._outputs.pop(micro_batch)
+    def cancel(self, forwards: Sequence[Action], backwards: Sequence[Action], snapshots: Sequence[Any]) -> None:
+        for stage, _, micro_batch in forwards:
+            self._stages[stage].cancel(micro_batch)
+        for _, _, micro_batch in (*forwards, *backwards):
             self.losses.pop(micro_batch, None)
+        if backwards:
+            for replica in self.replicas.values():
+                replica.clear()
         if self._feed is not None:
             self._feed.reopen()
-        if snapshot is not None:
-            random_state, buffers = snapshot
-            torch.set_rng_state(random_state)
-            restore_buffers(self.module, buffers)
+        for direction, state, stage, buffers in snapshots:
+            self.streams.restore(direction, state)
+            restore_buffers(self.modules[stage], buffers)
+
+    def _take(self, micro_batch: int) -> tuple[Any, Any]:
+        assert self._feed is not None
+        taken: tuple[Any, Any] = self._feed.take(micro_batch)
+        return taken

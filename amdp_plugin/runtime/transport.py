@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store, _new_process_group_helper
 
-ACTIVATION_TAG, GRADIENT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG = range(1, 6)
+ACTIVATION_TAG, GRADIENT_TAG, WEIGHT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG = range(1, 7)
+CONTROL_TAGS = 8
+"""Control messages of direction ``d`` have their tag plus ``d * CONTROL_TAGS``: each direction has an order of its own."""
 
 
 class Incoming(NamedTuple):

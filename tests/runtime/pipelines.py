@@ -10,7 +10,8 @@ import torch
 from amdp_plugin.plan.scheduler import Scheduler
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.channels import Channels
-from amdp_plugin.runtime.executor import Executor
+from amdp_plugin.runtime.exchange import Exchange
+from amdp_plugin.runtime.executor import Executor, keep_sent
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.runtime.stage import StageWorker
 from amdp_plugin.runtime.transport import Transport
@@ -34,28 +35,37 @@ class Case(NamedTuple):
         return make(self.schedule, self.stages, self.micro_batches, **dict(self.options))
 
 
-def make_channels(rank: int, stages: int, timeout_seconds: float = 30, **chosen: Any) -> tuple[Channels, Watch]:
+def make_channels(
+    rank: int, stages: int, timeout_seconds: float = 30, keep_sent: int | None = None, **chosen: Any
+) -> tuple[Channels, Watch]:
     watch = Watch(rank, timeout_seconds)
     transport = Transport(range(stages), (), torch.device("cpu"), timeout_seconds)
-    return Channels(transport, watch, keep_sent=stages + 1, **chosen), watch
+    return Channels(transport, watch, keep_sent=keep_sent or stages + 1, **chosen), watch
 
 
 def make_executor(
     rank: int, case: Case, feed: Iterator[Any] | None = None, timeout_seconds: float = 30
 ) -> tuple[Executor, StageWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
-    channels, watch = make_channels(rank, case.stages, timeout_seconds)
-    module = build_stages(case.kind, case.stages, case.dtype)[rank]
-    first, last = rank == 0, rank == case.stages - 1
-    worker = StageWorker(
-        module,
-        OPTIMIZERS[case.optimizer](list(module.parameters())),
-        case.micro_batches,
-        loss if last else None,
-        (data(case.dtype) if feed is None else feed) if first or last else None,
-    )
+    scheduler = Scheduler(case.make())
+    schedule, placement = scheduler.schedule, scheduler.schedule.placement
+    channels, watch = make_channels(rank, case.stages, timeout_seconds, keep_sent(schedule))
+    built = build_stages(case.kind, case.stages, case.dtype)
+    modules = {stage: built[stage] for stage in placement.stages[rank]}
+    optimizers = {
+        stage: OPTIMIZERS[case.optimizer](list(module.parameters()))
+        for stage, module in modules.items()
+        if placement.home(stage) == rank
+    }
+    reads = any(rank in (row[0], row[-1]) for row in placement.ranks)
+    micro_batches = (data(case.dtype) if feed is None else feed) if reads else None
+    worker = StageWorker(schedule, rank, modules, optimizers, loss, micro_batches)
+    exchange = None
+    if worker.replicas:
+        transport = Transport(range(case.stages), (), torch.device("cpu"), timeout_seconds)
+        exchange = Exchange(placement, worker.replicas, transport, watch)
     torch.manual_seed(100 + rank)
-    return Executor(Scheduler(case.make()), rank, worker, channels, watch), worker
+    return Executor(scheduler, rank, worker, channels, watch, exchange), worker
 
 
 def make_oracle(case: Case) -> SerialPipeline:
@@ -73,8 +83,11 @@ def result(executor: Executor, worker: StageWorker) -> dict[str, Any]:
     """What a rank ends with, for :func:`assert_equals_oracle`."""
     executor.quiesce()
     return {
-        "weights": {key: value.clone() for key, value in worker.module.state_dict().items()},
-        "random": torch.get_rng_state(),
+        "weights": {
+            stage: {key: value.clone() for key, value in module.state_dict().items()}
+            for stage, module in worker.modules.items()
+        },
+        "random": worker.streams.states(),
         "losses": dict(worker.losses),
         "gap": executor.largest_gap,
         "peak": executor.peak_in_flight,
@@ -82,10 +95,14 @@ def result(executor: Executor, worker: StageWorker) -> dict[str, Any]:
 
 
 def assert_equals_oracle(found: list[dict[str, Any]], oracle: SerialPipeline) -> None:
-    """Weights, random state and measured gap of every stage, bit for bit."""
-    for stage, end in enumerate(found):
-        for key, value in oracle.stages[stage].state_dict().items():
-            assert torch.equal(end["weights"][key], value), f"stage {stage}: {key}"
-        assert torch.equal(end["random"], oracle.random_states[stage]), f"stage {stage}: random state"
-        gaps = [used.backward - used.forward for (s, _), used in oracle.used.items() if s == stage]
-        assert end["gap"] == max(gaps), f"stage {stage}: gap"
+    """Weights and buffers of every replica, random states and measured gap of every rank, bit for bit."""
+    placement = oracle.schedule.placement
+    for rank, end in enumerate(found):
+        assert tuple(end["weights"]) == placement.stages[rank]
+        for stage, weights in end["weights"].items():
+            for key, value in oracle.replica(stage, rank).state_dict().items():
+                assert torch.equal(weights[key], value), f"rank {rank}, stage {stage}: {key}"
+        for direction, (state, expected) in enumerate(zip(end["random"], oracle.random_states[rank], strict=True)):
+            assert torch.equal(state, expected), f"rank {rank}, direction {direction}: random state"
+        own = [used for (stage, index), used in oracle.used.items() if placement.rank_of(stage, index) == rank]
+        assert end["gap"] == max(used.backward - used.forward for used in own), f"rank {rank}: gap"

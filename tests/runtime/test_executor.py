@@ -12,7 +12,16 @@ from tests.processes import run_ranks
 from .models import data
 from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, result
 
-CASES = [Case("paci", 2, 2), Case("paci", 3, 1, "tuples"), Case("paci", 4, 2, "counting"), Case("1f1b", 3, 4)]
+CASES = [
+    Case("paci", 2, 2),
+    Case("paci", 3, 1, "tuples"),
+    Case("paci", 4, 2, "counting"),
+    Case("1f1b", 3, 4),
+    Case("amdp", 4, 4, "counting"),
+    Case("amdp", 8, 8, "tuples"),
+    Case("amdp", 4, 2),
+    Case("chimera", 4, 4),
+]
 IDS = [f"{case.schedule}-{case.stages}-{case.micro_batches}" for case in CASES]
 
 

@@ -38,6 +38,22 @@ def test_processes_equal_the_oracle(schedule: str, stages: int, size: int, kind:
     check(Case(schedule, stages, size, kind, {2: "sgd", 3: "adamw", 4: "fused"}[stages]))
 
 
+@pytest.mark.parametrize("kind", ["plain", "recomputed", "tuples", "counting"])
+@pytest.mark.parametrize(
+    ("stages", "size", "options"),
+    [(2, 2, {}), (4, 2, {}), (4, 8, {}), (4, 4, {"directions": 1}), (6, 6, {}), (8, 8, {}), (8, 8, {"directions": 2})],
+)
+def test_amdp(stages: int, size: int, options: dict[str, int], kind: str) -> None:
+    """Replicas add up in one order, home first, so that their runs are equal bit for bit, too."""
+    optimizer = {2: "sgd", 4: "adamw", 6: "sgd", 8: "fused"}[stages]
+    check(Case("amdp", stages, size, kind, optimizer, options=tuple(options.items())))
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 2), (4, 4), (6, 4)])
+def test_chimera(stages: int, size: int) -> None:
+    check(Case("chimera", stages, size))
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_gpipe(size: int) -> None:
     check(Case("gpipe", 3, size))

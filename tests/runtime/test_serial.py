@@ -110,7 +110,7 @@ def test_amdp(num_stages: int, size: int) -> None:
     schedule = make("amdp", num_stages, size)
     oracle = SerialPipeline(without_dropout(num_stages), make_adamw, loss, schedule)
     flushed = SerialPipeline(without_dropout(num_stages), make_adamw, loss, make("1f1b", num_stages, size))
-    assert oracle.train(data(), 1) == flushed.train(data(), 1)
+    assert oracle.train(data(), 1) == pytest.approx(flushed.train(data(), 1), rel=1e-6)
     for found, expected in zip(oracle.stages, flushed.stages, strict=True):
         for name, value in found.state_dict().items():
             torch.testing.assert_close(value, expected.state_dict()[name])  # replicas add up in another order

@@ -1,0 +1,174 @@
+"""What the replicas of a stage exchange: gradients to its home, weights back.
+
+Every action starts its messages and goes on. The home receives into buffers of its own, used again and again,
+from the opening of the window on; a guest receives straight into its weights, and waits for them only before it
+uses the stage again. Sums are taken in one order, home first, so that they do not depend on who is late.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..plan.action import REDUCE, UPDATE, Action
+from ..plan.placement import Placement
+from .replica import Guest, Home, Replica
+from .transport import GRADIENT_TAG, WEIGHT_TAG, Incoming, Transport
+from .watch import Waitable, Watch
+
+RECEIVE_BUFFERS = 2
+"""Guests whose gradients the home receives at once."""
+
+
+class _Receiving(NamedTuple):
+    guest: int
+    buffers: list[Tensor]
+    incoming: list[Incoming]
+
+
+class _Sent(NamedTuple):
+    action: Action
+    receiver: int
+    work: Waitable
+    tensor: Tensor
+
+
+def links(placement: Placement) -> set[tuple[int, int]]:
+    """The directed pairs of ranks that exchange gradients or weights."""
+    pairs = {(home, guest) for home, *guests in placement.holders for guest in guests}
+    return pairs | {(guest, home) for home, guest in pairs}
+
+
+class Exchange:
+    """One rank's side.
+
+    Args:
+        placement: who holds what.
+        replicas: the stages on this rank that others hold too.
+        transport: messages between homes and guests alone, apart from those of the pipelines.
+        watch: bounds and records the waits.
+    """
+
+    def __init__(
+        self, placement: Placement, replicas: Mapping[int, Replica], transport: Transport, watch: Watch
+    ) -> None:
+        self._holders, self._replicas, self._transport, self._watch = placement.holders, replicas, transport, watch
+        self._homes = {stage: replica for stage, replica in replicas.items() if isinstance(replica, Home)}
+        self._free = {
+            stage: [home.gradient_buffers() for _ in range(min(RECEIVE_BUFFERS, len(self._holders[stage]) - 1))]
+            for stage, home in self._homes.items()
+        }
+        self._kept = [buffer for free in self._free.values() for buffers in free for buffer in buffers]
+        self._to_come: dict[int, deque[int]] = {}
+        self._receiving: dict[int, deque[_Receiving]] = {stage: deque() for stage in self._homes}
+        self._arriving: dict[int, tuple[Action, list[Incoming]]] = {}
+        self._sent: dict[int, list[_Sent]] = {}
+
+    def buffers(self) -> Iterator[Tensor]:
+        """The memory that exchanging takes on this rank, beside the replicas' own."""
+        yield from self._kept
+        for home in self._homes.values():
+            yield from home.send_buffers
+
+    def open_window(self, window: int) -> None:
+        """Begin to receive the gradients of ``window`` from the first guests."""
+        for stage, free in self._free.items():
+            self._to_come[stage] = deque(self._holders[stage][1:])
+            for _ in range(len(free)):
+                self._receive_next(Action(stage, REDUCE, window))
+
+    def reduce(self, action: Action) -> None:
+        """On a guest, send the window's gradients home; at home, add those of the guests, one after the other."""
+        replica = self._replicas[action.stage]
+        if isinstance(replica, Guest):
+            self._send(action, replica.gradients, self._holders[action.stage][:1], GRADIENT_TAG)
+            return
+        receiving = self._receiving[action.stage]
+        while receiving:
+            guest, buffers, incoming = receiving.popleft()
+            self._wait(incoming, action, guest)
+            with self._watch.timeline.span(str(action)):
+                replica.add([message.finish() for message in incoming])
+            self._free[action.stage].append(buffers)
+            self._receive_next(action)
+
+    def send_weights(self, action: Action) -> None:
+        """At home, after the step: start to send the new weights to the guests."""
+        self._reap(action.stage)
+        self._send(action, self._homes[action.stage].weights(), self._holders[action.stage][1:], WEIGHT_TAG)
+
+    def receive_weights(self, action: Action) -> None:
+        """On a guest: begin to receive the new weights; nothing may use the stage before :meth:`settle`."""
+        replica, home = self._replicas[action.stage], self._holders[action.stage][0]
+        assert isinstance(replica, Guest)
+        with self._watch.guard("receiving", action, home):
+            incoming = [self._transport.receive(flat, home, WEIGHT_TAG) for flat in replica.weights]
+        self._arriving[action.stage] = (action, incoming)
+
+    def settle(self, stage: int) -> None:
+        """Wait until the weights of ``stage`` are there, if they are on their way."""
+        if stage in self._arriving:
+            action, incoming = self._arriving.pop(stage)
+            self._wait(incoming, action, self._holders[stage][0])
+            for message in incoming:
+                message.finish()
+            self._reap(stage)  # the home has stepped, so it has had the gradients
+            self._replicas[stage].clear()
+
+    def drain(self) -> None:
+        """See all messages through."""
+        for stage in self._replicas:
+            self.settle(stage)
+        for stage in self._homes:
+            self._reap(stage)
+
+    def copy_home(self, modules: Mapping[int, nn.Module]) -> None:
+        """Let every guest take all weights and buffers of its home; nothing may be in flight.
+
+        Args:
+            modules: the stages on this rank that others hold too.
+        """
+        for stage, module in sorted(modules.items()):
+            home, *guests = self._holders[stage]
+            action, tensors = Action(stage, UPDATE, 0), _all_tensors(module)
+            if stage in self._homes:
+                self._send(action, tensors, guests, WEIGHT_TAG)
+                continue
+            for tensor in tensors:
+                incoming = self._transport.receive(torch.empty_like(tensor), home, WEIGHT_TAG)
+                self._wait([incoming], action, home)
+                tensor.copy_(incoming.finish())
+        self.drain()
+
+    def _receive_next(self, action: Action) -> None:
+        stage = action.stage
+        if self._to_come[stage]:
+            guest, buffers = self._to_come[stage].popleft(), self._free[stage].pop()
+            with self._watch.guard("receiving", action, guest):
+                incoming = [self._transport.receive(buffer, guest, GRADIENT_TAG) for buffer in buffers]
+            self._receiving[stage].append(_Receiving(guest, buffers, incoming))
+
+    def _send(self, action: Action, tensors: Iterable[Tensor], receivers: Iterable[int], tag: int) -> None:
+        tensors, kept = list(tensors), self._sent.setdefault(action.stage, [])
+        for receiver in receivers:
+            with self._watch.guard("sending", action, receiver):
+                for tensor in tensors:
+                    kept.append(_Sent(action, receiver, *self._transport.send(tensor, receiver, tag)))
+
+    def _wait(self, incoming: Iterable[Incoming], action: Action, sender: int) -> None:
+        for message in incoming:
+            self._watch.wait(message.work, "receiving", action, sender)
+
+    def _reap(self, stage: int) -> None:
+        """Wait until what was sent for ``stage`` has left its buffers."""
+        for sent in self._sent.pop(stage, []):
+            self._watch.wait(sent.work, "sending", sent.action, sent.receiver)
+
+
+def _all_tensors(module: nn.Module) -> list[Tensor]:
+    """All parameters and buffers, in an order that is the same on all ranks."""
+    return [*(parameter.detach() for parameter in module.parameters()), *module.buffers()]

@@ -1,0 +1,82 @@
+"""Random numbers of a rank that runs several directions: a stream of its own for each.
+
+Within a direction a rank's forwards come in one order, whatever the schedule does between them. So what a
+forward draws does not depend on the other directions, and a cancelled forward takes nothing from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Get, Set, Seed = Callable[[], Any], Callable[[Any], None], Callable[[int], Any]
+
+
+def split(directions: int, get: Get, set: Set, seed: Seed) -> list[Any]:
+    """A state for each direction: the present one for the first, others seeded with numbers that it would draw."""
+    present = get()
+    seeds = torch.randint(2**62, (directions,)).tolist()
+    states = [present]
+    for number in seeds[1:]:
+        seed(number)
+        states.append(get())
+    set(present)
+    return states
+
+
+class RandomStreams:
+    """The streams of one rank. With one direction, that is the process's own state, left where it is.
+
+    Args:
+        directions: how many.
+        get: returns the state of all generators that layers draw from.
+        set: puts such a state back.
+        seed: begins a state from a number.
+    """
+
+    def __init__(
+        self,
+        directions: int,
+        get: Get = torch.get_rng_state,
+        set: Set = torch.set_rng_state,
+        seed: Seed = torch.manual_seed,
+    ) -> None:
+        self._directions, self._get, self._set, self._seed = directions, get, set, seed
+        self._states: list[Any] = []
+
+    @contextmanager
+    def drawing(self, direction: int) -> Iterator[None]:
+        """Within it, numbers are drawn from the stream of ``direction``."""
+        if self._directions == 1:
+            yield
+            return
+        outside = self._get()
+        self._set(self.states()[direction])
+        try:
+            yield
+        finally:
+            self._states[direction] = self._get()
+            self._set(outside)
+
+    def states(self) -> list[Any]:
+        """What every stream would draw next; at first use the process's state is split."""
+        if self._directions == 1:
+            return [self._get()]
+        if not self._states:
+            self._states = split(self._directions, self._get, self._set, self._seed)
+        return self._states
+
+    def restore(self, direction: int, state: Any) -> None:
+        """Let the stream of ``direction`` go on from ``state``."""
+        if self._directions == 1:
+            self._set(state)
+        else:
+            self.states()[direction] = state
+
+    def load(self, states: list[Any]) -> None:
+        """Go on from :meth:`states` of another run; where that had another number of streams, from its first."""
+        self._set(states[0])
+        self._states = list(states) if len(states) == self._directions > 1 else []
