@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.utils import logger
-
-from .random_state import random_state, set_random_state
 
 
 def _file(directory: Path, global_rank: int) -> Path:
     return directory / f"amdp_random_state_rank_{global_rank:05d}.pt"
 
 
-def save_random_state(save_dir: str, tag: object, global_rank: int) -> None:
-    """Write what this rank's generators would draw next."""
-    torch.save(random_state(), _file(Path(save_dir) / str(tag), global_rank))
+def save_random_states(states: list[Any], save_dir: str, tag: object, global_rank: int) -> None:
+    """Write what each of this rank's streams of random numbers would draw next."""
+    torch.save(states, _file(Path(save_dir) / str(tag), global_rank))
 
 
-def load_random_state(checkpoint: str, global_rank: int) -> None:
-    """Continue this rank's generators from ``checkpoint`` (the path that DeepSpeed's load returns), if it can."""
+def load_random_states(checkpoint: str, global_rank: int) -> list[Any] | None:
+    """This rank's streams in ``checkpoint`` (the path that DeepSpeed's load returns), or ``None`` where it has none."""
     path = _file(Path(checkpoint).parent, global_rank)
     if path.is_file():
-        set_random_state(torch.load(path, weights_only=False))
-    else:
-        logger.info(f"{path.parent} holds no random state for rank {global_rank}; dropout goes on from the present one")
+        states: list[Any] = torch.load(path, weights_only=False)
+        return states
+    logger.info(f"{path.parent} holds no random state for rank {global_rank}; dropout goes on from the present one")
+    return None

@@ -28,10 +28,17 @@ class ScheduleSettings(BaseModel):
         DEFAULT_TIMEOUT_SECONDS, gt=0, description="the longest that one message or collective of the pipeline may take"
     )
 
-    def make(self, num_stages: int, micro_batches: int) -> Schedule:
-        """The schedule for a pipeline of ``num_stages`` and ``gradient_accumulation_steps`` of ``micro_batches``."""
+    def make(self, num_stages: int, micro_batches: int, meet: bool = False) -> Schedule:
+        """The schedule for a pipeline of ``num_stages`` and ``gradient_accumulation_steps`` of ``micro_batches``.
+
+        Args:
+            meet: whether the job wants one decision of all stages at every update (a norm, a loss scale, a tied
+                weight). Schedules that leave it open (``"updates": "auto"``) then update together.
+        """
         common = set(ScheduleSettings.model_fields)
         chosen = {key: value for key, value in self.model_dump().items() if key not in common}
+        if meet and chosen.get("updates") == "auto":
+            chosen["updates"] = "together"
         return schedules.make(self.name, num_stages, micro_batches, **chosen)
 
 
@@ -90,6 +97,12 @@ def _refuse_misspelling(pipeline: Mapping[str, Any]) -> None:
             raise ValueError(f'"pipeline" has no key {key!r}; did you mean "schedule"?')
 
 
+def enabled(config: Mapping[str, Any], section: str) -> bool:
+    """Whether the DeepSpeed configuration turns ``section`` on."""
+    value = config.get(section)
+    return bool(value.get("enabled")) if isinstance(value, Mapping) else bool(value)
+
+
 def check_compatible(config: Mapping[str, Any], settings: ScheduleSettings) -> None:
     """Refuse what the schedules cannot work with.
 
@@ -100,22 +113,12 @@ def check_compatible(config: Mapping[str, Any], settings: ScheduleSettings) -> N
         ValueError: with the reason and the alternative.
     """
 
-    def enabled(section: str) -> bool:
-        value = config.get(section)
-        return bool(value.get("enabled")) if isinstance(value, Mapping) else bool(value)
-
     def refuse(what: str, why: str, instead: str) -> None:
         raise ValueError(f"schedule {settings.name!r} cannot be used with {what}: {why}; {instead}")
 
-    if enabled("fp16"):
-        refuse(
-            '"fp16"',
-            "loss scaling lets all stages decide together, at every step, whether to skip it",
-            'use "bf16", which needs no loss scale, or stock 1F1B',
-        )
-    if enabled("amp"):
+    if enabled(config, "amp"):
         refuse('"amp"', "apex scales the loss over all stages together", 'use "bf16"')
-    if enabled("torch_autocast"):
+    if enabled(config, "torch_autocast"):
         refuse(
             '"torch_autocast"',
             "it keeps a cast copy of the weights in every graph, so a delayed backward would use the old weights",

@@ -5,26 +5,33 @@ from __future__ import annotations
 import atexit
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import logger
 
 from ..plan.action import Action
 from ..plan.report import report
+from ..plan.schedule import Schedule
 from ..plan.scheduler import Scheduler
 from ..runtime.channels import Channels
-from ..runtime.executor import Executor
+from ..runtime.exchange import Exchange, links
+from ..runtime.executor import Executor, keep_sent
 from ..runtime.feed import Feed
+from ..runtime.random_streams import RandomStreams
+from ..runtime.replica import Guest, Home, Replica
 from ..runtime.transport import Transport
 from ..runtime.watch import PipelineStallError, Watch
-from .checkpoint import load_random_state, save_random_state
+from .checkpoint import load_random_states, save_random_states
 from .config import read_settings
+from .guests import build_guest, home_gradient, sum_dtype
 from .losses import MicroBatchLoss, WindowLosses
+from .random_state import random_state, seed_all, set_random_state
 from .schedule import RunAction, WindowSchedule
 from .stage_local import StageGrid, bound_collectives, make_stage_local
 from .worker import EngineWorker
@@ -38,11 +45,17 @@ class ScheduledPipelineEngine(PipelineEngine):
     updates, from the micro-batches that stock 1F1B would have used, but what a free-running schedule has
     forwarded ahead stays in flight between two calls.
 
+    Where a schedule runs in several directions, this rank holds guests beside its own stage: replicas of stages
+    whose optimizer lives on another rank.
+
     Attributes:
         executor: runs the program; has ``largest_gap``, ``peak_in_flight`` and the ``timeline``.
+        guests: the replicas here of other ranks' stages, by stage.
     """
 
     executor: Executor
+    guests: dict[int, PipelineModule]
+    replicas: dict[int, Replica]
     # DeepSpeed's, which has no types
     pipe_buffers: dict[str, list[Any]]
     num_pipe_buffers: int
@@ -60,15 +73,19 @@ class ScheduledPipelineEngine(PipelineEngine):
         self.window_losses = WindowLosses()
         self.pipe_buffers["losses"] = []
         self._window: list[Action] = []
-        self._loss_of_window: Any = None
+        self._reported: dict[tuple[int, int], torch.Tensor] = {}
         self._evaluating = False
         self._loading: Any = None
-        self._feed = Feed(self._pull)
+        schedule = self._make_schedule()
+        directions = schedule.placement.directions
+        self._feed = Feed(self._pull, self._is_read_here)
+        self.random_streams = RandomStreams(directions, random_state, set_random_state, seed_all)
         self._watch = Watch(self.stage_id, settings.timeout_seconds)
         self._channels: Channels | None = None
-        self._build_executor()
-        # Where a flush makes the stages wait for one another anyway, norms are the whole model's, as in stock.
-        self._norm_grid = self.mpu if self.executor.schedule.flush else StageGrid(self.mpu)
+        self._exchange = self._build_replicas(schedule)
+        self._build_executor(schedule)
+        # Where the updates of all stages meet, norms are the whole model's, as in stock.
+        self._norm_grid = self.mpu if self._updates_meet else StageGrid(self.mpu)
         if self._norm_grid is not self.mpu:
             make_stage_local(self.optimizer, self._norm_grid)
         bound_collectives(self.grid, settings.timeout_seconds)
@@ -90,9 +107,11 @@ class ScheduledPipelineEngine(PipelineEngine):
         """
         if data_iter is not None:
             self.set_dataiterator(data_iter)
-        self.module.train()
+        for module in (self.module, *self.guests.values()):
+            module.train()
         self._window = list(self.executor.open_window())
-        loss = super().train_batch()
+        with self._acting_as(self.stage_id):
+            loss = super().train_batch()
         self.executor.close_window()
         self._write_events()
         return loss
@@ -100,7 +119,7 @@ class ScheduledPipelineEngine(PipelineEngine):
     def eval_batch(self, data_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's ``eval_batch``, on the weights after the latest update. Training goes on afterwards as if
         it had not been called: what is in flight stays, and it draws no random numbers."""
-        with self._aside(), self._watch.guard("evaluation", None):
+        with self._aside(), self._acting_as(self.stage_id), self._watch.guard("evaluation", None):
             return super().eval_batch(data_iter, *args, **kwargs)
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, **kwargs: Any) -> Any:
@@ -110,8 +129,10 @@ class ScheduledPipelineEngine(PipelineEngine):
         checkpoint equals this one as it goes on, bit for bit.
         """
         self.executor.quiesce()
+        self._copy_home()  # a resumed run has the home's buffers everywhere
         saved = super().save_checkpoint(save_dir, tag=tag, **kwargs)
-        save_random_state(save_dir, tag or f"global_step{self.global_steps}", self.global_rank)
+        states = self.random_streams.states()
+        save_random_states(states, save_dir, tag or f"global_step{self.global_steps}", self.global_rank)
         return saved
 
     def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -120,7 +141,10 @@ class ScheduledPipelineEngine(PipelineEngine):
         self.executor.quiesce()
         path, state = super().load_checkpoint(load_dir, *args, **kwargs)
         if path is not None:
-            load_random_state(path, self.global_rank)
+            states = load_random_states(path, self.global_rank)
+            if states:
+                self.random_streams.load(states)
+            self._copy_home()
         self.executor.restart(self.global_steps)
         self._feed.restart(self.global_steps * self.micro_batches)
         return path, state
@@ -128,9 +152,10 @@ class ScheduledPipelineEngine(PipelineEngine):
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """As in DeepSpeed. The window gets another size, so the pipeline starts anew with the new program."""
         self.executor.quiesce()
+        before = self.global_steps * self.micro_batches
         super().set_train_batch_size(train_batch_size)
-        self._feed.renumber(self.global_steps * self.micro_batches)
-        self._build_executor()
+        self._feed.renumber(before, self.global_steps * self.micro_batches)
+        self._build_executor(self._make_schedule())
 
     def reset_activation_shape(self) -> None:
         """As in DeepSpeed, on all ranks, when the shapes of the activations are going to change."""
@@ -139,27 +164,45 @@ class ScheduledPipelineEngine(PipelineEngine):
         if self._channels is not None:
             self._channels.forget_shapes()
 
+    def is_first_stage(self) -> bool:
+        """Whether the first stage is here, in any direction: then this rank needs data."""
+        return 0 in self._stages_here()
+
+    def is_last_stage(self) -> bool:
+        """Whether the last stage is here, in any direction: then this rank needs data."""
+        return self.num_stages - 1 in self._stages_here()
+
+    def exchange_buffers(self) -> Iterable[torch.Tensor]:
+        """The memory that replicas exchange gradients and weights through on this rank."""
+        return () if self._exchange is None else self._exchange.buffers()
+
+    def guest_gradients(self) -> Iterable[torch.Tensor]:
+        """The sums of gradients of this rank's guests."""
+        return (flat for replica in self.replicas.values() if isinstance(replica, Guest) for flat in replica.gradients)
+
     # What DeepSpeed calls
 
     def _train_schedule(self) -> WindowSchedule:
-        schedule = self.executor.schedule
-        in_flight = schedule.in_flight[self.stage_id]
-        return WindowSchedule(self._window, in_flight, self.micro_batches, self.num_stages, self.stage_id)
+        buffers = self._num_buffers(self.executor.schedule)
+        return WindowSchedule(self._window, buffers, self.micro_batches, self.num_stages, self.stage_id)
 
     def _exec_run_action(self, action: Action) -> None:
         self.executor.execute(action)
 
     def _aggregate_total_loss(self) -> Any:
-        """The loss of the window. The last stage reported it before its update, so that this waits for nobody."""
-        if self.is_last_stage():
-            return self._loss_of_window
-        assert self._channels is not None
+        """The loss of the window. The last stages reported it before their updates, so that this waits for nobody."""
         additional = self.module.get_additional_losses() or {}
-        values = self._channels.receive_report(self.num_stages - 1, 2 + len(additional))
-        losses = values.to(self.device, torch.float32)
-        self.dp_group_loss, loss = losses[0], losses[1]
+        total = torch.zeros(2 + len(additional), device=self.device)
+        for direction, row in enumerate(self.executor.schedule.placement.ranks):
+            if row[-1] == self.stage_id:
+                values = self._reported.pop((self.executor.window, direction))
+            else:
+                assert self._channels is not None
+                values = self._channels.receive_report(row[-1], len(total), direction)
+            total += values.to(self.device, torch.float32)
+        self.dp_group_loss, loss = total[0], total[1]
         if additional:
-            self.agg_additional_losses = dict(zip(additional, losses[2:], strict=True))
+            self.agg_additional_losses = dict(zip(additional, total[2:], strict=True))
         return loss
 
     def _next_batch(self) -> Any:
@@ -181,38 +224,101 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._exec_load_micro_batch(buffer_id)
         self._loading = None
 
-    def report_losses(self, window: int) -> None:
-        """On the last stage: average the losses of ``window`` as DeepSpeed does, and send them to the other stages."""
-        numbers = range(window * self.micro_batches, (window + 1) * self.micro_batches)
+    def report_losses(self, window: int, direction: int) -> None:
+        """On the last stage of ``direction``: average its losses as DeepSpeed does, and send them to all ranks."""
+        placement = self.executor.schedule.placement
+        first, after = window * self.micro_batches, (window + 1) * self.micro_batches
+        numbers = range(first + direction, after, placement.directions)
         losses = self.window_losses.take(numbers)
         self._sum_losses(losses)
-        with torch.no_grad(), self._without_broadcast(), self._watch.guard("averaging the losses", None):
-            self._loss_of_window = super()._aggregate_total_loss()
+        aside = self._acting_as(self.num_stages - 1), self._without_broadcast()
+        with torch.no_grad(), aside[0], aside[1], self._watch.guard("averaging the losses", None):
+            loss = super()._aggregate_total_loss()
         additional = list((self.agg_additional_losses or {}).values())
-        values = torch.stack([self.dp_group_loss, self._loss_of_window, *additional]).to("cpu", torch.float64)
+        values = torch.stack([self.dp_group_loss, loss, *additional]).to("cpu", torch.float64)
         if not torch.isfinite(values).all():
             self._name_broken(numbers, losses)
-        for rank in range(self.num_stages - 1):
-            assert self._channels is not None
-            self._channels.send_report(rank, values)
+        self._reported[window, direction] = values
+        for rank in range(self.num_stages):
+            if rank != self.stage_id:
+                assert self._channels is not None
+                self._channels.send_report(rank, values, direction)
 
     # How
 
-    def _build_executor(self) -> None:
+    _acting: int | None = None
+
+    @contextmanager
+    def _acting_as(self, stage: int) -> Iterator[None]:
+        """Let DeepSpeed's instructions take this engine for that of ``stage`` alone."""
+        before, self._acting = self._acting, stage
+        try:
+            yield
+        finally:
+            self._acting = before
+
+    def _stages_here(self) -> Iterable[int]:
+        if self._acting is not None:
+            return (self._acting,)
+        return (self.stage_id, *self.__dict__.get("guests", ()))
+
+    @property
+    def _updates_meet(self) -> bool:
+        return self.executor.schedule.flush or self.executor.schedule.together
+
+    def _make_schedule(self) -> Schedule:
+        return self.settings.make(self.num_stages, self.micro_batches, meet=self._stages_must_meet())
+
+    def _stages_must_meet(self) -> bool:
+        return bool(self.gradient_clipping() > 0 or self.fp16_enabled() or self.module.tied_comms)
+
+    def _is_read_here(self, micro_batch: int) -> bool:
+        row = self.executor.schedule.placement.ranks[micro_batch % self.executor.schedule.placement.directions]
+        return self.stage_id in (row[0], row[-1])
+
+    def _num_buffers(self, schedule: Schedule) -> int:
+        """The most micro-batches that are in flight on the home stage at once."""
+        directions = sum(row[self.stage_id] == self.stage_id for row in schedule.placement.ranks)
+        return directions * schedule.in_flight[self.stage_id]
+
+    def _make_transport(self, pairs: Iterable[tuple[int, int]]) -> Transport:
+        ranks = [self.grid.stage_to_global(stage) for stage in range(self.num_stages)]
+        return Transport(ranks, pairs, torch.device(self.device), self.settings.timeout_seconds)
+
+    def _build_replicas(self, schedule: Schedule) -> Exchange | None:
+        """Build this rank's guests, with the weights of their homes."""
+        placement = schedule.placement
+        held = [stage for stage in placement.stages[self.stage_id] if len(placement.holders[stage]) > 1]
+        self.guests = {stage: build_guest(self, stage) for stage in held if stage != self.stage_id}
+        dtype, gradient = sum_dtype(self.optimizer), home_gradient(self.optimizer)
+        self.replicas = {
+            stage: Guest(self.guests[stage], dtype) if stage in self.guests else Home(self.module, dtype, gradient)
+            for stage in held
+        }
+        if not schedule.reduces:
+            return None
+        exchange = Exchange(placement, self.replicas, self._make_transport(links(placement)), self._watch)
+        exchange.copy_home({stage: self.guests.get(stage, self.module) for stage in held})
+        return exchange
+
+    def _copy_home(self) -> None:
+        """Let the guests take the weights and buffers of their homes."""
+        if self._exchange is not None:
+            self._exchange.copy_home({stage: self.guests.get(stage, self.module) for stage in self.replicas})
+
+    def _build_executor(self, schedule: Schedule) -> None:
         """Plan, prove, announce and wire up the program for the present window size."""
-        schedule = self.settings.make(self.num_stages, self.micro_batches)
         scheduler = Scheduler(schedule)
+        schedule = scheduler.schedule
         planned = report(scheduler, windows=1)
-        keep_sent = max(schedule.in_flight) + 1
         if self._channels is not None:
-            self._channels.keep_sent = keep_sent
+            self._channels.keep_sent = keep_sent(schedule)
         elif self.num_stages > 1:
-            links = [(rank, peer) for rank, peers in enumerate(schedule.placement.neighbours) for peer in peers]
-            ranks = [self.grid.stage_to_global(stage) for stage in range(self.num_stages)]
-            transport = Transport(ranks, links, torch.device(self.device), self.settings.timeout_seconds)
-            self._channels = Channels(transport, self._watch, keep_sent, self.dynamic_shape)
-        worker = EngineWorker(self, self._feed, schedule.in_flight[self.stage_id])
-        self.executor = Executor(scheduler, self.stage_id, worker, self._channels, self._watch)
+            pairs = [(rank, peer) for rank, peers in enumerate(schedule.placement.neighbours) for peer in peers]
+            transport = self._make_transport(pairs)
+            self._channels = Channels(transport, self._watch, keep_sent(schedule), self.dynamic_shape)
+        worker = EngineWorker(self, schedule, self._feed, self._num_buffers(schedule))
+        self.executor = Executor(scheduler, self.stage_id, worker, self._channels, self._watch, self._exchange)
         self.executor.restart(self.global_steps)
         if self.global_rank == 0:
             # Printed, as DeepSpeed prints the stages: its logger keeps silent below warnings.
@@ -221,7 +327,7 @@ class ScheduledPipelineEngine(PipelineEngine):
     def _clipping(self) -> str:
         if self.gradient_clipping() <= 0:
             return "gradient clipping: off"
-        scope = "the whole model, as in stock" if self.executor.schedule.flush else "each stage by its own norm"
+        scope = "the whole model, as in stock" if self._updates_meet else "each stage by its own norm"
         return f"gradient clipping: {scope}, at {self.gradient_clipping()}"
 
     def _pull(self) -> Any:
@@ -256,14 +362,14 @@ class ScheduledPipelineEngine(PipelineEngine):
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """Let stock code use the pipeline's buffers without touching what is in flight."""
-        buffers, count, micro_offset = self.pipe_buffers, self.num_pipe_buffers, self.module.micro_offset
+        buffers, count = self.pipe_buffers, self.num_pipe_buffers
         self.pipe_buffers, self.num_pipe_buffers = {key: [] for key in buffers}, 0
         self._evaluating = True
         try:
             yield
         finally:
             self._evaluating = False
-            self.pipe_buffers, self.num_pipe_buffers, self.module.micro_offset = buffers, count, micro_offset
+            self.pipe_buffers, self.num_pipe_buffers = buffers, count
 
     def _write_events(self) -> None:
         if self.global_rank == 0 and self.monitor.enabled:

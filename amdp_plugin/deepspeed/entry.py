@@ -13,7 +13,7 @@ import deepspeed
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 
-from .config import ScheduleSettings, check_compatible, check_topology, read_settings
+from .config import ScheduleSettings, check_compatible, check_topology, enabled, read_settings
 from .engine import ScheduledPipelineEngine
 
 Engines = tuple[Any, Any, Any, Any]
@@ -71,19 +71,30 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
         refuse(f"the model must be a deepspeed.pipe.PipelineModule, it is a {type(model).__name__}")
     if isinstance(model, DualPipeVModule):
         refuse("a DualPipeVModule brings a schedule of its own; use a PipelineModule, or leave the key out")
-    tied = _tied_across_stages(model)
-    if tied:
-        refuse(
-            f"the tied layers {', '.join(tied)} live on several stages, whose gradients would have to meet at every "
-            "step; untie them (LayerSpec for TiedLayerSpec), keep them on one stage, or use stock 1F1B"
-        )
     grid = model.mpu()
     check_topology(config["pipeline"], grid.model_parallel_size, settings)
-    schedule = settings.make(grid.pipe_parallel_size, max(1, config.get("gradient_accumulation_steps") or 1))
-    if schedule.placement.directions > 1:
+    tied = _tied_across_stages(model)
+    clipping = config.get("gradient_clipping", 1.0)  # DeepSpeed's default
+    meet = bool(tied) or enabled(config, "fp16") or clipping > 0
+    size = max(1, config.get("gradient_accumulation_steps") or 1)
+    schedule = settings.make(grid.pipe_parallel_size, size, meet)
+    if schedule.update_delay:
+        refuse('the engine applies every gradient before it sums the next window\'s; use "updates": "together"')
+    if any(schedule.placement.home(stage) != stage for stage in range(schedule.num_stages)):
+        refuse(f"its first direction must place stage s on rank s, it places them on {schedule.placement.ranks[0]}")
+    if schedule.flush or schedule.together:
+        return
+    if tied:
         refuse(
-            "it runs in several directions, for which ranks hold replicas of stages; it can be planned (amdp plan), "
-            "the DeepSpeed engine cannot run it yet: use paci"
+            f"the tied layers {', '.join(tied)} live on several stages, whose gradients must meet at every "
+            "step; untie them (LayerSpec for TiedLayerSpec), keep them on one stage, or use a schedule whose updates "
+            'meet (amdp with "updates": "together", or 1f1b)'
+        )
+    if enabled(config, "fp16"):
+        refuse(
+            '"fp16" scales the loss, so that all stages must decide together, at every step, whether to skip it; use '
+            '"bf16", which needs no loss scale, or a schedule whose updates meet (amdp with "updates": "together", '
+            "or 1f1b)"
         )
 
 

@@ -30,3 +30,9 @@ def set_random_state(state: dict[str, Any]) -> None:
         get_accelerator().set_rng_state(state["device"])
     get_cuda_rng_tracker().set_states(state["tracker"])
     random.setstate(state["python"])
+
+
+def seed_all(seed: int) -> None:
+    """Begin a state from ``seed`` (the tracker of tensor-parallel dropout keeps its own)."""
+    torch.manual_seed(seed)
+    random.seed(seed)

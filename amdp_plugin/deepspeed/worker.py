@@ -1,30 +1,37 @@
-"""What a stage of a DeepSpeed engine does when the executor says so (``runtime.executor.Worker``).
+"""What a rank does when the executor says so (``runtime.executor.Worker``), on the stages of a DeepSpeed engine.
 
-Every method hands the work to the instruction of ``PipelineEngine`` that does it in stock schedules, so
-that timers, activation checkpointing, bf16 and ZeRO-1 go on as they are.
+On the home stage every method hands the work to the instruction of ``PipelineEngine`` that does it in stock
+schedules, so that timers, activation checkpointing, bf16 and ZeRO-1 go on as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from deepspeed.pipe import PipelineModule
+from torch import Tensor
 
 from ..plan.action import Action
+from ..plan.schedule import Schedule
 from ..runtime.channels import Tensors
 from ..runtime.feed import Feed
+from ..runtime.random_streams import RandomStreams
+from ..runtime.replica import Guest, Replica
 from ..runtime.stage import as_tuple, copy_buffers, gradients_of, input_leaf, one_or_tuple, restore_buffers
 from ..runtime.weights import live_update
+from .guests import guest_stage, to_device
 from .losses import WindowLosses
-from .random_state import random_state, set_random_state
 
 
 class StageEngine(Protocol):
     """The engine, as far as its worker uses it."""
 
-    module: nn.Module
-    micro_batches: int
+    stage_id: int
+    module: PipelineModule
+    guests: Mapping[int, PipelineModule]
+    replicas: Mapping[int, Replica]
+    random_streams: RandomStreams
     pipe_buffers: dict[str, list[Any]]
     window_losses: WindowLosses
     loss: Tensor
@@ -32,36 +39,47 @@ class StageEngine(Protocol):
     total_additional_losses: Any
     grad_layer: Any
 
-    def is_first_stage(self) -> bool: ...
-    def is_last_stage(self) -> bool: ...
     def load(self, batch: Any, buffer_id: int) -> None: ...
-    def report_losses(self, window: int) -> None: ...
+    def report_losses(self, window: int, direction: int) -> None: ...
+    def _reentrant_activation_checkpointing(self) -> bool: ...
     def _exec_forward_pass(self, buffer_id: int) -> None: ...
     def _exec_backward_pass(self, buffer_id: int) -> None: ...
+    def _exec_reduce_tied_grads(self) -> None: ...
     def _exec_reduce_grads(self) -> None: ...
     def _exec_optimizer_step(self) -> None: ...
 
 
 class EngineWorker:
-    """The stage of ``engine``, whose in-flight micro-batches take turns in ``num_buffers`` pipeline buffers."""
+    """The stages of ``engine``. In-flight micro-batches of the home stage sit in ``num_buffers`` pipeline buffers."""
 
-    def __init__(self, engine: StageEngine, feed: Feed, num_buffers: int) -> None:
-        self._engine, self._feed, self._num_buffers = engine, feed, num_buffers
+    def __init__(self, engine: StageEngine, schedule: Schedule, feed: Feed, num_buffers: int) -> None:
+        self._engine, self._feed, self._schedule = engine, feed, schedule
+        self._directions, self._last = schedule.placement.directions, schedule.num_stages - 1
+        self._guests = {stage: guest_stage(engine, guest) for stage, guest in engine.guests.items()}
+        self._free = list(reversed(range(num_buffers)))
+        self._buffers: dict[int, int] = {}
         self._tuples: dict[int, bool] = {}
 
     def has_window(self, window: int) -> bool:
-        return self._feed.has((window + 1) * self._engine.micro_batches - 1)
+        return self._feed.has((window + 1) * self._schedule.micro_batches - 1)
 
     def forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
+        self._module(action.stage).micro_offset = action.index  # as if the stage had run all micro-batches before
+        forward = self._forward_home if action.stage == self._engine.stage_id else self._forward_guest
+        with self._engine.random_streams.drawing(action.index % self._directions):
+            return forward(action, inputs)
+
+    def _forward_home(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         engine, buffers = self._engine, self._engine.pipe_buffers
-        micro_batch, buffer_id = action.index, self._buffer(action.index)
+        stage, _, micro_batch = action
+        buffer_id = self._buffers[micro_batch] = self._free.pop()
         if inputs is not None:
             buffers["inputs"][buffer_id] = one_or_tuple(tuple(input_leaf(tensor) for tensor in inputs))
-        if engine.is_first_stage() or engine.is_last_stage():
+        if stage in (0, self._last):
             engine.load(self._feed.take(micro_batch), buffer_id)
         engine.total_loss = engine.total_additional_losses = None
         engine._exec_forward_pass(buffer_id)
-        if engine.is_last_stage():
+        if stage == self._last:
             buffers["losses"][buffer_id] = engine.loss
             engine.window_losses.add(micro_batch, engine.total_loss, engine.total_additional_losses)
             return None
@@ -69,9 +87,38 @@ class EngineWorker:
         self._tuples[micro_batch] = isinstance(outputs, tuple)
         return as_tuple(outputs)
 
+    def _forward_guest(self, action: Action, inputs: Tensors | None) -> Tensors | None:
+        engine, label = self._engine, None
+        stage, _, micro_batch = action
+        if inputs is None:
+            differentiable = engine._reentrant_activation_checkpointing()
+            leaves = as_tuple(to_device(self._feed.take(micro_batch)[0], engine, differentiable))
+        else:
+            leaves = tuple(input_leaf(tensor) for tensor in inputs)
+        if stage == self._last:
+            label = to_device(self._feed.take(micro_batch)[1], engine)
+        outputs = self._guests[stage].forward(micro_batch, leaves, label)
+        if stage < self._last:
+            return outputs
+        additional = engine.guests[stage].get_additional_losses()
+        copies = additional and {name: loss.detach().clone() for name, loss in additional.items()}
+        engine.window_losses.add(micro_batch, outputs[0].detach().clone(), copies)
+        return None
+
     def backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
+        stage, _, micro_batch = action
+        if stage == self._engine.stage_id:
+            inputs = self._backward_home(micro_batch, gradients)
+        else:
+            inputs = self._guests[stage].backward(micro_batch, gradients)
+            replica = self._engine.replicas[stage]
+            assert isinstance(replica, Guest)
+            replica.accumulate()
+        return None if stage == 0 else gradients_of(inputs)
+
+    def _backward_home(self, micro_batch: int, gradients: Tensors | None) -> Tensors:
         engine, buffers = self._engine, self._engine.pipe_buffers
-        micro_batch, buffer_id = action.index, self._buffer(action.index)
+        buffer_id = self._buffers[micro_batch]
         if gradients is None:
             engine.loss, buffers["losses"][buffer_id] = buffers["losses"][buffer_id], None
         else:
@@ -79,40 +126,48 @@ class EngineWorker:
         engine._exec_backward_pass(buffer_id)
         engine.grad_layer = None
         inputs = as_tuple(buffers["inputs"][buffer_id])
-        self._clear(buffer_id)
-        self._feed.release(micro_batch)
-        return None if engine.is_first_stage() else gradients_of(inputs)
-
-    def reduce(self, action: Action) -> None:
-        raise NotImplementedError(f"{action}: this engine holds every stage once")
+        self._clear(micro_batch)
+        return inputs
 
     def update(self, action: Action) -> None:
         with live_update(self._engine.module.parameters()):
+            self._engine._exec_reduce_tied_grads()
             self._engine._exec_reduce_grads()
             self._engine._exec_optimizer_step()
 
-    def end_of_backwards(self, window: int) -> None:
-        self._engine.report_losses(window)
+    def release(self, action: Action) -> None:
+        self._feed.release(action.index)
 
-    def snapshot(self) -> Any:
-        module = self._engine.module
-        return random_state(), module.micro_offset, copy_buffers(module)
+    def end_of_backwards(self, window: int, direction: int) -> None:
+        self._engine.report_losses(window, direction)
 
-    def cancel(self, micro_batches: Sequence[tuple[int, int]], snapshot: Any) -> None:
-        for _, micro_batch in micro_batches:
-            self._clear(self._buffer(micro_batch))
-            self._tuples.pop(micro_batch, None)
+    def snapshot(self, action: Action) -> Any:
+        direction = action.index % self._directions
+        state = self._engine.random_streams.states()[direction]
+        return direction, state, action.stage, copy_buffers(self._module(action.stage))
+
+    def cancel(self, forwards: Sequence[Action], backwards: Sequence[Action], snapshots: Sequence[Any]) -> None:
+        for stage, _, micro_batch in forwards:
+            if stage == self._engine.stage_id:
+                self._clear(micro_batch)
+                self._tuples.pop(micro_batch, None)
+            else:
+                self._guests[stage].cancel(micro_batch)
+        for _, _, micro_batch in (*forwards, *backwards):
             self._engine.window_losses.drop(micro_batch)
+        if backwards:
+            for replica in self._engine.replicas.values():
+                replica.clear()
         self._feed.reopen()
-        if snapshot is not None:
-            state, micro_offset, copies = snapshot
-            set_random_state(state)
-            self._engine.module.micro_offset = micro_offset
-            restore_buffers(self._engine.module, copies)
+        for direction, state, stage, copies in snapshots:
+            self._engine.random_streams.restore(direction, state)
+            restore_buffers(self._module(stage), copies)
 
-    def _buffer(self, micro_batch: int) -> int:
-        return micro_batch % self._num_buffers
+    def _module(self, stage: int) -> PipelineModule:
+        return self._engine.module if stage == self._engine.stage_id else self._engine.guests[stage]
 
-    def _clear(self, buffer_id: int) -> None:
+    def _clear(self, micro_batch: int) -> None:
+        buffer_id = self._buffers.pop(micro_batch)
+        self._free.append(buffer_id)
         for slots in self._engine.pipe_buffers.values():
             slots[buffer_id] = None

@@ -184,9 +184,10 @@ class SerialPipeline:
     def _mean_loss(self, window: int) -> float:
         """The sum over the directions of their sums over micro-batches, divided as they are reported."""
         size, directions = self.schedule.micro_batches, self.schedule.placement.directions
-        total = torch.zeros_like(self._losses[window * size])
+        first = self._losses[window * size]
+        total = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
         for direction in range(directions):
-            own = torch.zeros_like(total)
+            own = torch.zeros_like(first)
             for index in range(window * size + direction, (window + 1) * size, directions):
                 own += self._losses[index]
             total += own / size

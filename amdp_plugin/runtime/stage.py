@@ -65,7 +65,10 @@ class Stage:
     """
 
     def __init__(
-        self, module: Callable[[Any], Any], loss: Loss | None = None, scale: Callable[[Tensor], Tensor] = lambda loss: loss
+        self,
+        module: Callable[[Any], Any],
+        loss: Loss | None = None,
+        scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     ) -> None:
         self._module, self._loss, self._scale = module, loss, scale
         self._in_flight: dict[int, tuple[Tensors, Tensors]] = {}

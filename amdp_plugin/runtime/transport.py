@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import _get_default_store, _new_process_
 
 ACTIVATION_TAG, GRADIENT_TAG, WEIGHT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG = range(1, 7)
 CONTROL_TAGS = 8
-"""Control messages of direction ``d`` have their tag plus ``d * CONTROL_TAGS``: each direction has an order of its own."""
+"""Control messages of direction ``d`` have their tag plus ``d * CONTROL_TAGS``: each has an order of its own."""
 
 
 class Incoming(NamedTuple):

@@ -141,9 +141,19 @@ def make_engine(rank: int, job: Job, **arguments: Any) -> Any:
     return engine
 
 
-def weights(engine: Any) -> dict[str, Tensor]:
-    """A copy of this rank's stage."""
-    return {key: value.detach().clone() for key, value in engine.module.state_dict().items()}
+def weights(engine: Any) -> dict[int, dict[str, Tensor]]:
+    """A copy of this rank's stages, the engine's own first."""
+    modules = {engine.stage_id: engine.module, **getattr(engine, "guests", {})}
+    return {
+        stage: {key: value.detach().clone() for key, value in module.state_dict().items()}
+        for stage, module in modules.items()
+    }
+
+
+def random_states(engine: Any) -> list[Tensor]:
+    """What this rank's streams of random numbers would draw next, on the CPU."""
+    streams = getattr(engine, "random_streams", None)
+    return [state["cpu"] for state in streams.states()] if streams else [torch.get_rng_state()]
 
 
 def stream(engine: Any, job: Job, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -162,7 +172,7 @@ def finish(engine: Any, losses: list[float]) -> dict[str, Any]:
     return {
         "weights": weights(engine),
         "losses": losses,
-        "random": torch.get_rng_state(),
+        "random": random_states(engine),
         "learning_rate": engine.get_lr(),
         "gap": executor.largest_gap if executor else 0,
         "engine": type(engine).__name__,
@@ -201,8 +211,8 @@ def make_oracle(
     """The oracle of ``job``, from its first weights."""
     layers = build_layers(job)
     parts = [layers[start : start + job.layers_per_stage] for start in range(0, len(layers), job.layers_per_stage)]
-    name = job.schedule["name"] if isinstance(job.schedule, dict) else job.schedule
-    schedule = make(name, job.stages, job.size)
+    section = job.schedule if isinstance(job.schedule, dict) else {"name": job.schedule}
+    schedule = make(**section, num_stages=job.stages, micro_batches=job.size)
     seeds = [100 + stage for stage in range(job.stages)]
     chosen = make_optimizer or OPTIMIZERS[str(job.optimizer)]
     return SerialPipeline([nn.Sequential(*part) for part in parts], chosen, loss, schedule, seeds=seeds, **options)
@@ -221,18 +231,29 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
         assert left["losses"] == right["losses"], f"rank {rank}"
         assert left["learning_rate"] == right["learning_rate"], f"rank {rank}"
         assert left["steps"] == right["steps"], f"rank {rank}"
-        assert_same_weights(left["weights"], right["weights"], f"rank {rank}")
-        assert torch.equal(left["random"], right["random"]), f"rank {rank}: random state"
+        assert left["weights"].keys() == right["weights"].keys()
+        for stage, weights in left["weights"].items():
+            assert_same_weights(weights, right["weights"][stage], f"rank {rank}, stage {stage}")
+        assert_same_random(left["random"], right["random"], f"rank {rank}")
+
+
+def assert_same_random(left: list[Tensor], right: list[Tensor], where: str) -> None:
+    for direction, (state, other) in enumerate(zip(left, right, strict=True)):
+        assert torch.equal(state, other), f"{where}, direction {direction}: random state"
 
 
 def assert_equals_oracle(found: list[dict[str, Any]], pipeline: SerialPipeline, losses: list[float] | None) -> None:
     """A run without replicas, or with replicas that are alike, agrees bit for bit with the oracle, and measured the
     gap that it had."""
+    placement = pipeline.schedule.placement
     for result in found:
-        stage = result["stage"]
-        assert_same_weights(result["weights"], pipeline.stages[stage].state_dict(), f"stage {stage}")
-        assert torch.equal(result["random"], pipeline.random_states[stage]), f"stage {stage}: random state"
-        gaps = [used.backward - used.forward for (at, _), used in pipeline.used.items() if at == stage]
-        assert result["gap"] == max(gaps)
+        rank = result["stage"]
+        assert sorted(result["weights"]) == list(placement.stages[rank])
+        for stage, weights in result["weights"].items():
+            expected = pipeline.replica(stage, rank).state_dict()
+            assert_same_weights(weights, expected, f"rank {rank}, stage {stage}")
+        assert_same_random(result["random"], pipeline.random_states[rank], f"rank {rank}")
+        own = [used for (stage, index), used in pipeline.used.items() if placement.rank_of(stage, index) == rank]
+        assert result["gap"] == max(used.backward - used.forward for used in own)
         if losses is not None:
-            assert result["losses"] == losses, f"stage {stage}"
+            assert result["losses"] == losses, f"rank {rank}"

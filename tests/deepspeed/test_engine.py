@@ -112,7 +112,7 @@ def test_training_data_given_to_initialize() -> None:
     losses = pipeline.train(itertools.cycle(list(data(count=8))), job.windows)
     for stage, result in enumerate(found):
         assert result["losses"] == losses
-        assert_same_weights(result["weights"], pipeline.stages[stage].state_dict(), f"stage {stage}")
+        assert_same_weights(result["weights"][stage], pipeline.stages[stage].state_dict(), f"stage {stage}")
     flushed = replace(job, schedule="1f1b")
     assert_same(run_ranks(3, train_on_a_dataset, flushed, 8), run_ranks(3, train_on_a_dataset, flushed.stock, 8))
 
@@ -149,7 +149,7 @@ def test_window_that_changes_its_size(size: int, other: int) -> None:
     for result in found:  # the engine's measured gap begins anew with the new program
         assert result["losses"] == losses
         assert_same_weights(
-            result["weights"], pipeline.stages[result["stage"]].state_dict(), f"stage {result['stage']}"
+            result["weights"][result["stage"]], pipeline.stages[result["stage"]].state_dict(), f"stage {result['stage']}"
         )
     flushed = replace(job, schedule="1f1b")
     ours = run_ranks(3, train_with_other_window, flushed, other)

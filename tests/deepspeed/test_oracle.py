@@ -117,6 +117,51 @@ def test_zero_1(optimizer: str) -> None:
     check(Job("paci", 3, 2, optimizer=optimizer, config={"zero_optimization": {"stage": 1}}))
 
 
+@pytest.mark.parametrize(
+    ("stages", "size", "options"),
+    [
+        (2, 2, {}),
+        (4, 2, {}),
+        (4, 8, {}),
+        (4, 4, {"directions": 1}),
+        (6, 6, {}),
+        (8, 8, {}),
+        (8, 8, {"directions": 2}),
+        (4, 8, {"updates": "together"}),
+        (8, 8, {"updates": "together"}),
+        (4, 4, {"preload": 0}),
+    ],
+)
+def test_amdp(stages: int, size: int, options: dict[str, Any]) -> None:
+    """Home and guests of every stage. The sum over replicas is taken in one order, so this is bit for bit, too."""
+    optimizer = {2: "sgd", 4: "adamw", 6: "sgd", 8: "fused"}[stages]
+    check(Job({"name": "amdp", **options}, stages, size, optimizer=optimizer))
+
+
+@pytest.mark.parametrize("kind", ["tuples", "recomputed", "counting", "masked"])
+def test_amdp_on_layers_of_all_kinds(kind: str) -> None:
+    check(Job("amdp", 4, 4, kind=kind, layers_per_stage=2))
+
+
+@pytest.mark.parametrize("config", [REENTRANT, NON_REENTRANT])
+def test_amdp_with_recomputation_by_deepspeed(config: dict[str, Any]) -> None:
+    job = Job("amdp", 4, 4, config=config)
+    check(job, replace(job, kind="recomputed"))
+
+
+def test_amdp_in_bf16_with_sums_and_masters_in_fp32() -> None:
+    config = {**BF16, "communication_data_type": "fp32"}
+    check(Job("amdp", 4, 4, optimizer="adamw", config=config, dtype=torch.bfloat16), master_dtype=torch.float32)
+
+
+def test_amdp_with_zero_1() -> None:
+    check(Job("amdp", 4, 4, optimizer="adamw", config={"zero_optimization": {"stage": 1}}))
+
+
+def test_chimera() -> None:
+    check(Job("chimera", 4, 4, optimizer="adamw"))
+
+
 def check(
     job: Job,
     modelled: Job | None = None,

@@ -60,9 +60,9 @@ def test_replicas_average_their_gradients(config: dict[str, Any]) -> None:
         pipeline = make_oracle(replace(job, schedule=name), before_step=clip(clipping))
         losses = pipeline.train(both_replicas(job), job.windows)
         errors = [
-            float((found[job.replicas * s]["weights"][key] - value).abs().max())
+            float((found[job.replicas * s]["weights"][s][key] - value).abs().max())
             for s, stage in enumerate(pipeline.stages)
-            for key, value in zip(found[job.replicas * s]["weights"], stage.state_dict().values(), strict=True)
+            for key, value in zip(found[job.replicas * s]["weights"][s], stage.state_dict().values(), strict=True)
         ]
         if name == "paci":
             assert max(errors) < 1e-6
@@ -70,8 +70,8 @@ def test_replicas_average_their_gradients(config: dict[str, Any]) -> None:
         else:
             assert max(errors) > 1e-5
     for rank in range(0, job.world, job.replicas):
-        for key, value in found[rank]["weights"].items():
-            assert torch.equal(value, found[rank + 1]["weights"][key]), f"replicas of stage {rank // 2}: {key}"
+        for key, value in found[rank]["weights"][rank // 2].items():
+            assert torch.equal(value, found[rank + 1]["weights"][rank // 2][key]), f"replicas of stage {rank // 2}: {key}"
 
 
 def clip(norm: float) -> Any:
@@ -99,7 +99,7 @@ def test_tensor_parallel_equals_the_whole(clipping: float) -> None:
             float((value - expected).abs().max())
             for stage in range(job.stages)
             for value, expected in zip(
-                tensor_parallel.join([result["weights"] for result in found[2 * stage : 2 * stage + 2]]),
+                tensor_parallel.join([result["weights"][stage] for result in found[2 * stage : 2 * stage + 2]]),
                 whole[stage].state_dict().values(),
                 strict=True,
             )
