@@ -86,7 +86,8 @@ def compare(configs: Sequence[Path], job: Job, output: Path) -> str:
 
 def write(runs: Sequence[Run], output: Path, about: dict[str, Any]) -> str:
     """Write the comparison of recorded ``runs``. Returns the table."""
-    from .compare_picture import picture, trace
+    from .compare_picture import picture
+    from .compare_trace import trace
 
     found = rows(runs)
     text = table(found)

@@ -1,24 +1,24 @@
-"""The comparison as a picture, and as a trace to open in Perfetto (ui.perfetto.dev)."""
+"""The comparison as a picture: losses, a stretch of the timelines, memory."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
+from ..plan.action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from ..plan.picture import BAR_HEIGHT, DOTS_PER_INCH, IDLE, SHADES
-from ..runtime.timeline import RUN, Event
+from ..runtime.timeline import RUN
+from .compare_table import readable
 from .measured import Run
-from .recording import RankRecord
+from .recording import Memory, RankRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 WIDTH = 12.0
-CURVES_HEIGHT, INCHES_PER_RANK, REST_HEIGHT = 3.6, 0.3, 1.6
+CURVES_HEIGHT, INCHES_PER_RANK, REST_HEIGHT, MEMORY_REST_HEIGHT = 3.6, 0.3, 1.6, 0.4
 """Inches of the panels and of titles and axes between them."""
 COLOURS = ("#555555", "#d1631b", "#2f6db5", "#3a8f5a", "#8a4fa3", "#b8860b")
 """Of the runs; they begin again after the last. The first is the baseline's."""
@@ -28,26 +28,35 @@ SHOWN_STEPS = 3
 """Steps of the slowest run that the stretch of the timeline is long."""
 GAP_BETWEEN_RUNS = 0.6
 """Free space between the ranks of two runs, in ranks."""
-CATEGORIES = {FORWARD: "forward", BACKWARD: "backward", UPDATE: "update"}
-MICROSECONDS = 1e6
+ACTION_SHADES = {**SHADES, REDUCE: ("#8a8a8a",)}
+MEMORY_COLOURS = {
+    "weights": "#3b4a5a", "gradients": "#7f97ad", "optimizer_state": "#bccbd8", "exchange": "#d9a441",
+}  # fmt: skip
+LABELLED_SHARE = 0.08
+"""Of the longest memory bar, from which on a part of a bar has room for its size."""
 
 
 def picture(runs: Sequence[Run]) -> bytes:
-    """A PNG file's bytes: loss over tokens, loss over seconds, and a stretch of every rank's timeline."""
+    """A PNG file's bytes: loss over tokens, loss over seconds, a stretch of every rank's timeline, and what the fullest
+    rank of each run keeps in memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = sum(len(run.records) for run in runs) + GAP_BETWEEN_RUNS * (len(runs) - 1)
     timeline_height = 0.5 + lines * INCHES_PER_RANK
-    size = (WIDTH, CURVES_HEIGHT + timeline_height + REST_HEIGHT)
-    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
+    memory = [(run.label, max(kept, key=lambda each: each.kept)) for run in runs if (kept := list(_measured(run)))]
+    heights = [CURVES_HEIGHT, timeline_height, *([len(memory) * INCHES_PER_RANK] if memory else [])]
+    rest = REST_HEIGHT + (MEMORY_REST_HEIGHT if memory else 0.0)
+    figure = Figure(figsize=(WIDTH, sum(heights) + rest), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, height_ratios=(CURVES_HEIGHT, timeline_height))
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     over_tokens = figure.add_subplot(grid[0, 0])
     over_seconds = figure.add_subplot(grid[0, 1], sharey=over_tokens)
     _draw_losses(over_tokens, runs, over="tokens")
     _draw_losses(over_seconds, runs, over="seconds")
-    _draw_timeline(figure, figure.add_subplot(grid[1, :]), runs)
+    _draw_timeline(figure.add_subplot(grid[1, :]), runs)
+    if memory:
+        _draw_memory(figure.add_subplot(grid[2, :]), memory)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
@@ -90,7 +99,7 @@ def _smooth(losses: Sequence[float]) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
-def _draw_timeline(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
+def _draw_timeline(axes: Axes, runs: Sequence[Run]) -> None:
     length = SHOWN_STEPS * max(run.seconds_per_step for run in runs)
     line, ticks = 0.0, []
     for run in runs:
@@ -108,7 +117,8 @@ def _draw_timeline(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("milliseconds", fontsize=9)
     axes.set_title("a stretch of the measured timelines, as long for all", fontsize=10, loc="left")
-    _add_legend(axes)
+    kinds = {Action.parse(event.name).kind for run in runs for event in run.first.events if event.phase == RUN}
+    _add_legend(axes, _timeline_patches(reduces=REDUCE in kinds))
 
 
 def _draw_rank(axes: Axes, record: RankRecord, line: float, start: float, length: float) -> None:
@@ -117,24 +127,59 @@ def _draw_rank(axes: Axes, record: RankRecord, line: float, start: float, length
         if event.phase != RUN or event.end < start or event.start > start + length:
             continue
         action = Action.parse(event.name)
-        shades = SHADES[action.kind]
+        shades = ACTION_SHADES[action.kind]
         colour = shades[action.window(record.micro_batches) % len(shades)]
         span = ((event.start - start) * 1e3, (event.end - event.start) * 1e3)
         edge: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.4}
         axes.broken_barh([span], (line - BAR_HEIGHT / 2, BAR_HEIGHT), facecolors=colour, zorder=2, **edge)
 
 
-def _add_legend(axes: Axes) -> None:
+def _timeline_patches(reduces: bool) -> list[Patch]:
     from matplotlib.patches import Patch
 
-    handles = [
+    return [
         Patch(facecolor=SHADES[FORWARD][1], label="forward"),
         Patch(facecolor=SHADES[BACKWARD][1], label="backward (shade: step)"),
+        *([Patch(facecolor=ACTION_SHADES[REDUCE][0], label="reduce")] if reduces else []),
         Patch(facecolor=SHADES[UPDATE][0], label="update"),
         Patch(facecolor=IDLE, edgecolor="#cccccc", label="waiting and everything else"),
     ]
+
+
+def _add_legend(axes: Axes, handles: Sequence[Patch]) -> None:
     place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2}
     axes.legend(handles=handles, ncols=len(handles), fontsize=8, frameon=False, **place)
+
+
+def _measured(run: Run) -> Iterator[Memory]:
+    return (memory for memory in run.memory_by_rank if memory)
+
+
+def _draw_memory(axes: Axes, bars: Sequence[tuple[str, Memory]]) -> None:
+    """A bar for every run: its fullest rank."""
+    from matplotlib.patches import Patch
+
+    longest = max(memory.kept for _, memory in bars)
+    for line, (_, memory) in enumerate(bars):
+        start = 0
+        for name, colour in MEMORY_COLOURS.items():
+            size = getattr(memory, name)
+            axes.barh(line, size, BAR_HEIGHT, start, color=colour, edgecolor="white", linewidth=0.4)
+            if size > LABELLED_SHARE * longest:
+                place: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 8}
+                dark = name == "weights"
+                axes.text(start + size / 2, line, readable(size), color="white" if dark else "#222222", **place)
+            start += size
+        axes.text(start + longest / 100, line, readable(start), ha="left", va="center_baseline", fontsize=8)
+    axes.set_xlim(0, longest * (1 + LABELLED_SHARE))
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+    axes.set_xticks([])
+    axes.tick_params(labelsize=8, length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("memory of the fullest rank, without activations", fontsize=10, loc="left")
+    patches = [Patch(facecolor=colour, label=name.replace("_", " ")) for name, colour in MEMORY_COLOURS.items()]
+    _add_legend(axes, patches)
 
 
 def _undisturbed(run: Run) -> float:
@@ -152,45 +197,3 @@ def _undisturbed(run: Run) -> float:
 
 def _colours(runs: Sequence[Run]) -> list[str]:
     return [COLOURS[number % len(COLOURS)] for number in range(len(runs))]
-
-
-def trace(runs: Sequence[Run]) -> str:
-    """JSON in the Trace Event Format: one process a run, one track a rank, arrows for messages.
-
-    Microseconds; every run begins at 0 with its first step.
-    """
-    events = [event for number, run in enumerate(runs) for event in _trace_events(run, number)]
-    return json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
-
-
-def _trace_events(run: Run, process: int) -> Iterator[dict[str, Any]]:
-    origin = min(record.steps[0].start for record in run.records)
-    yield {"ph": "M", "pid": process, "name": "process_name", "args": {"name": f"{run.label} (measured)"}}
-    for record in run.records:
-        track = {"pid": process, "tid": record.rank}
-        yield {**track, "ph": "M", "name": "thread_name", "args": {"name": f"rank {record.rank}, stage {record.stage}"}}
-        yield {**track, "ph": "M", "name": "thread_sort_index", "args": {"sort_index": record.rank}}
-        for event in record.events:
-            kind = CATEGORIES[Action.parse(event.name).kind] if event.phase == RUN else event.phase
-            name = event.name if event.phase == RUN else f"{event.phase} {event.name}"
-            yield {**track, "ph": "X", "cat": kind, "name": name, **_span(event.start, event.end, origin)}
-        for evaluation in record.evaluations:
-            span = _span(evaluation.start, evaluation.end, origin)
-            yield {**track, "ph": "X", "cat": "evaluation", "name": "evaluation", **span}
-    stages = {record.stage: record.rank for record in run.one_replica()}
-    for sent, received in run.messages():
-        yield from _arrow(sent, received, stages, {"pid": process, "cat": "message", "name": received.name}, origin)
-
-
-def _arrow(
-    sent: Event, received: Event, ranks: dict[int, int], arrow: dict[str, Any], origin: float
-) -> Iterator[dict[str, Any]]:
-    sender, receiver = Action.parse(sent.name).stage, Action.parse(received.name).stage
-    arrow = {**arrow, "id": f"{arrow['pid']}:{sent.name}>{received.name}"}
-    # Just before its end: at the end itself the sender's next slice begins.
-    yield {**arrow, "ph": "s", "tid": ranks[sender], "ts": (sent.end - origin) * MICROSECONDS - 1}
-    yield {**arrow, "ph": "f", "bp": "e", "tid": ranks[receiver], "ts": (received.end - origin) * MICROSECONDS - 0.1}
-
-
-def _span(start: float, end: float, origin: float) -> dict[str, float]:
-    return {"ts": (start - origin) * MICROSECONDS, "dur": (end - start) * MICROSECONDS}

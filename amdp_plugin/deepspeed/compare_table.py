@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from .measured import LAST_LOSSES, WARM_UP_STEPS, Run
-from .recording import STOCK
+from .recording import STOCK, Memory
 
-HEADER = (
-    "configuration", "s/step", "tokens/s", "ratio", "predicted", "waiting by rank", "in flight by rank", "largest gap",
-    "train loss", "validation loss",
+SPEED_HEADER = (
+    "configuration", "s/step", "tokens/s", "ratio", "predicted", "largest gap", "train loss", "validation loss",
 )  # fmt: skip
+RANKS_HEADER = ("configuration", "waiting by rank", "in flight by rank")
+MEMORY_HEADER = ("configuration", "weights", "gradients", "optimizer state", "exchange", "sum", "peak")
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+MEMORY_NOTE = (
+    "- memory: of the rank that has most. Weights and gradients are those of all stages that it holds, fp32 copies are "
+    "with the optimizer state; exchange: what replicas of a stage use to send gradients and weights. peak: the most "
+    "that the process had, with activations; on the CPU with Python and all libraries."
+)
 DISTURBING_CORES = 0.2
 """Cores busy with other work from which on times are not to be trusted."""
 
@@ -45,6 +52,7 @@ class Row:
     waiting_share_by_rank: list[float]
     running_share_by_rank: list[float]
     peak_in_flight_by_rank: list[int]
+    memory_by_rank: list[Memory | None]
     largest_gap: int
     first_train_loss: float | None
     final_train_loss: float | None
@@ -82,6 +90,7 @@ def _row(run: Run, baseline: Run) -> Row:
         waiting_share_by_rank=run.waiting_share_by_rank,
         running_share_by_rank=run.running_share_by_rank,
         peak_in_flight_by_rank=run.peak_in_flight_by_rank,
+        memory_by_rank=run.memory_by_rank,
         largest_gap=run.largest_gap,
         first_train_loss=first.steps[0].loss,
         final_train_loss=run.final_train_loss,
@@ -91,50 +100,87 @@ def _row(run: Run, baseline: Run) -> Row:
 
 
 def table(found: Sequence[Row]) -> str:
-    """The figures as a Markdown table, and what they mean."""
+    """The figures as Markdown tables, and what they mean."""
     samples = any(row.tokens_per_second is None for row in found)
-    header = ["samples/s" if samples and title == "tokens/s" else title for title in HEADER]
-    cells = [header, *(_cells(row, samples) for row in found)]
+    speed_header = ["samples/s" if samples and title == "tokens/s" else title for title in SPEED_HEADER]
+    memory = [cells for row in found if (cells := _memory(row))]
+    lines = [
+        *_markdown(speed_header, [_speed(row, samples) for row in found]),
+        *_markdown(RANKS_HEADER, [_ranks(row) for row in found]),
+        *(_markdown(MEMORY_HEADER, memory) if memory else []),
+        *_notes(found, bool(memory)),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, and an empty one."""
+    cells = [header, *body]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    return "\n".join([*lines, "", *_notes(found), ""])
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells)
+    return [*(f"| {' | '.join(line)} |" for line in padded), ""]
 
 
-def _cells(row: Row, samples: bool) -> list[str]:
+def _name(row: Row) -> str:
+    return f"{row.name} ({row.engine} {row.schedule})"
+
+
+def _speed(row: Row, samples: bool) -> list[str]:
     rate = row.samples_per_second if samples else row.tokens_per_second or 0.0
     return [
-        f"{row.name} ({row.engine} {row.schedule})",
+        _name(row),
         f"{row.seconds_per_step:.4f}",
         f"{rate:,.1f}" if samples else f"{rate:,.0f}",
         f"{row.ratio:.3f}",
         f"{row.predicted_ratio:.3f}",
-        " ".join(f"{share:.1%}" for share in row.waiting_share_by_rank),
-        " ".join(map(str, row.peak_in_flight_by_rank)),
         str(row.largest_gap),
         _loss(row.final_train_loss),
         _loss(row.final_validation_loss),
     ]
 
 
+def _ranks(row: Row) -> list[str]:
+    waiting = " ".join(f"{share:.1%}" for share in row.waiting_share_by_rank)
+    return [_name(row), waiting, " ".join(map(str, row.peak_in_flight_by_rank))]
+
+
+def _memory(row: Row) -> list[str]:
+    """The largest figures of all ranks; nothing where memory was not measured."""
+    measured = [memory for memory in row.memory_by_rank if memory]
+    if not measured:
+        return []
+    largest = Memory.largest(measured)
+    kept = (largest.weights, largest.gradients, largest.optimizer_state, largest.exchange)
+    return [_name(row), *map(readable, (*kept, max(memory.kept for memory in measured), largest.peak))]
+
+
+def readable(size: float) -> str:
+    """``size`` bytes, with a unit: ``1.50 GiB``."""
+    unit = 0
+    while round(size) >= 1024 and unit < len(UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.{2 if unit else 0}f} {UNITS[unit]}"
+
+
 def _loss(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.4f}"
 
 
-def _notes(found: Sequence[Row]) -> list[str]:
+def _notes(found: Sequence[Row], memory: bool) -> list[str]:
     row = found[0]
     return [
         f"{row.stages} stages on {row.ranks} ranks, windows of {row.micro_batches} micro-batches, {row.steps} steps.",
         "",
         f"- s/step: median time from the end of one training step to the end of the next, on the slowest rank, without "
-        f"the first {WARM_UP_STEPS} steps. It holds the script's own work between steps (data, progress), but not "
-        "evaluations and checkpoints. Tokens a second are at that pace.",
+        f"the first {WARM_UP_STEPS} steps; where a schedule repeats only after several steps, a step's part of that "
+        "many. It holds the script's own work between steps (data, progress), but not evaluations and checkpoints. "
+        "Tokens a second are at that pace.",
         f"- ratio: samples a second, compared with {row.baseline}. predicted: the same from the plan, with the medians "
         f"of what forwards, backwards, updates and messages took in the run of {row.baseline}.",
         "- waiting: share of the time in which a rank waits for messages. in flight: the most micro-batches forwarded "
         "and not yet backwarded. largest gap: the most updates between a forward and its backward, as measured.",
+        *([MEMORY_NOTE] if memory else []),
         f"- train loss: mean of the last {LAST_LOSSES} steps. {_first_losses(found)}",
         *_disturbances(found),
     ]

@@ -33,7 +33,7 @@ from .guests import build_guest, home_gradient, sum_dtype
 from .losses import MicroBatchLoss, WindowLosses
 from .random_state import random_state, seed_all, set_random_state
 from .schedule import RunAction, WindowSchedule
-from .stage_local import StageGrid, bound_collectives, make_stage_local
+from .stage_local import StageGrid, bound_collectives, clip_by_whole_norm, make_stage_local
 from .worker import EngineWorker
 
 
@@ -83,6 +83,9 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._watch = Watch(self.stage_id, settings.timeout_seconds)
         self._channels: Channels | None = None
         self._exchange = self._build_replicas(schedule)
+        self._copy_home()
+        if self._loader is not None:
+            super().set_dataloader(self._loader)  # again: now it is known who reads
         self._build_executor(schedule)
         # Where the updates of all stages meet, norms are the whole model's, as in stock.
         self._norm_grid = self.mpu if self._updates_meet else StageGrid(self.mpu)
@@ -172,6 +175,11 @@ class ScheduledPipelineEngine(PipelineEngine):
         """Whether the last stage is here, in any direction: then this rank needs data."""
         return self.num_stages - 1 in self._stages_here()
 
+    def set_dataloader(self, loader: Any) -> None:
+        """As in DeepSpeed; this rank reads it where a first or last stage is here."""
+        self._loader = loader
+        super().set_dataloader(loader)
+
     def exchange_buffers(self) -> Iterable[torch.Tensor]:
         """The memory that replicas exchange gradients and weights through on this rank."""
         return () if self._exchange is None else self._exchange.buffers()
@@ -209,7 +217,11 @@ class ScheduledPipelineEngine(PipelineEngine):
         return super()._next_batch() if self._evaluating else self._loading
 
     def clip_fp32_gradients(self) -> None:
-        clip_grad_norm_(parameters=self.module.parameters(), max_norm=self.gradient_clipping(), mpu=self._norm_grid)
+        parameters, limit = list(self.module.parameters()), self.gradient_clipping()
+        if self._updates_meet and not self.executor.schedule.flush:
+            clip_by_whole_norm(parameters, limit, self.mpu)
+        else:
+            clip_grad_norm_(parameters, limit, mpu=self._norm_grid)
 
     def _start_timers(self, timer_names: Any) -> None:
         """Timers that run already go on: DeepSpeed 0.19.8 starts those of a backward twice on all stages but the
@@ -247,6 +259,7 @@ class ScheduledPipelineEngine(PipelineEngine):
     # How
 
     _acting: int | None = None
+    _loader: Any = None
 
     @contextmanager
     def _acting_as(self, stage: int) -> Iterator[None]:
@@ -286,7 +299,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         return Transport(ranks, pairs, torch.device(self.device), self.settings.timeout_seconds)
 
     def _build_replicas(self, schedule: Schedule) -> Exchange | None:
-        """Build this rank's guests, with the weights of their homes."""
+        """Build this rank's guests, and what connects them with their homes."""
         placement = schedule.placement
         held = [stage for stage in placement.stages[self.stage_id] if len(placement.holders[stage]) > 1]
         self.guests = {stage: build_guest(self, stage) for stage in held if stage != self.stage_id}
@@ -298,13 +311,13 @@ class ScheduledPipelineEngine(PipelineEngine):
         if not schedule.reduces:
             return None
         exchange = Exchange(placement, self.replicas, self._make_transport(links(placement)), self._watch)
-        exchange.copy_home({stage: self.guests.get(stage, self.module) for stage in held})
         return exchange
 
     def _copy_home(self) -> None:
         """Let the guests take the weights and buffers of their homes."""
         if self._exchange is not None:
-            self._exchange.copy_home({stage: self.guests.get(stage, self.module) for stage in self.replicas})
+            modules = {self.stage_id: self.module, **self.guests}
+            self._exchange.copy_home({stage: modules[stage] for stage in self.replicas})
 
     def _build_executor(self, schedule: Schedule) -> None:
         """Plan, prove, announce and wire up the program for the present window size."""

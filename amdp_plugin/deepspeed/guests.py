@@ -94,11 +94,12 @@ def _high_precision_gradient(optimizer: BF16_Optimizer) -> GradientOf:
         for number, parameter in enumerate(parameters)
     }
 
-    def gradient(parameter: nn.Parameter) -> Tensor:
+    def gradient(parameter: Any) -> Tensor:
         group, number = places[parameter]
-        parameter._hp_grad = optimizer.fp32_groups_gradients[group][number]
+        own: Tensor = optimizer.fp32_groups_gradients[group][number]
         optimizer.fp32_groups_has_gradients[group][number] = True
-        return parameter._hp_grad
+        parameter._hp_grad = own
+        return own
 
     return gradient
 

@@ -13,17 +13,20 @@ from typing import NamedTuple
 from ..plan import schedules
 from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
 from ..plan.costs import CostModel
+from ..plan.placement import Placement
 from ..plan.schedule import Schedule
 from ..plan.scheduler import Scheduler
 from ..plan.simulate import steady_state
 from ..runtime.timeline import RUN, WAIT, Event
-from .recording import STOCK, RankRecord, Step
+from .recording import STOCK, Memory, RankRecord, Step
 
 WARM_UP_STEPS = 5
 """Steps that are left out at the start, or a third of them where that is less: they compile, allocate and fill."""
 LAST_LOSSES = 10
 """Steps whose losses the final training loss averages: single batches differ by more than schedules do."""
 LEAST_SECONDS = 1e-9
+SENDER = {FORWARD: -1, BACKWARD: 1}
+"""The stage that sends what an action needs, counted from the action's."""
 
 
 class Interval(NamedTuple):
@@ -36,6 +39,15 @@ class Interval(NamedTuple):
     @property
     def seconds(self) -> float:
         return self.end - self.start
+
+
+class Message(NamedTuple):
+    """Between two (global) ranks: the action that sends it, and the wait for it."""
+
+    sender: int
+    sent: Event
+    receiver: int
+    wait: Event
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class Run:
 
     @property
     def first(self) -> RankRecord:
-        """A rank of the first stage."""
+        """A rank whose home is the first stage."""
         return next(record for record in self.records if record.stage == 0)
 
     @cached_property
@@ -69,8 +81,10 @@ class Run:
 
     @cached_property
     def seconds_per_step(self) -> float:
-        """Median seconds between the ends of two successive steps, of the slowest rank."""
-        return max(median(interval.seconds for interval in intervals) for intervals in self.intervals)
+        """Seconds between the ends of two successive steps, of the slowest rank: median over all stretches of steps
+        after which the schedule repeats. The steps of one stretch may differ: AMDP's do, by a factor of 2 and more."""
+        first, last = Scheduler(self.schedule()).steady_windows()
+        return max(_pace(intervals, last - first) for intervals in self.intervals)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -90,7 +104,7 @@ class Run:
 
     @cached_property
     def running_share_by_rank(self) -> list[float]:
-        """Share of the warm steps in which a rank computes forwards, backwards and updates."""
+        """Share of the warm steps in which a rank computes forwards, backwards, reductions and updates."""
         return [_share(record.events, RUN, of) for record, of in zip(self.records, self.intervals, strict=True)]
 
     @property
@@ -100,6 +114,10 @@ class Run:
     @property
     def largest_gap(self) -> int:
         return max(record.largest_gap for record in self.records)
+
+    @property
+    def memory_by_rank(self) -> list[Memory | None]:
+        return [record.memory for record in self.records]
 
     @property
     def final_train_loss(self) -> float | None:
@@ -113,13 +131,16 @@ class Run:
         return self.first.evaluations[-1].loss if self.first.evaluations else None
 
     def costs(self) -> CostModel:
-        """Medians of what forwards, backwards and updates took on every stage, and messages between stages."""
+        """Medians of what forwards, backwards and updates took on every stage, wherever it ran, and messages between
+        ranks."""
         seconds: dict[tuple[int, str], list[float]] = {}
         for record, intervals in zip(self.records, self.intervals, strict=True):
             for event in record.events:
                 if event.phase == RUN and intervals[0].start <= event.start <= intervals[-1].end:
                     action = Action.parse(event.name)
-                    seconds.setdefault((action.stage, action.kind), []).append(event.end - event.start)
+                    # Away from home nothing is updated: the new weights are received.
+                    if action.kind != UPDATE or action.stage == record.stage:
+                        seconds.setdefault((action.stage, action.kind), []).append(event.end - event.start)
 
         def medians(kind: str) -> tuple[float, ...]:
             return tuple(max(LEAST_SECONDS, median(seconds[stage, kind])) for stage in range(self.first.stages))
@@ -131,20 +152,21 @@ class Run:
 
         Only messages for which somebody was waiting when they left tell how long they took.
         """
-        delays = [wait.end - sent.end for sent, wait in self.messages() if wait.start < sent.end < wait.end]
+        messages = self.messages()
+        delays = [wait.end - sent.end for _, sent, _, wait in messages if wait.start < sent.end < wait.end]
         return median(delays) if delays else 0.0
 
-    def messages(self) -> Iterator[tuple[Event, Event]]:
-        """The messages between the stages of one replica: the action that sends, the wait of the receiver."""
-        records = self.one_replica()
-        senders = {event.name: event for record in records for event in record.events if event.phase == RUN}
+    def messages(self) -> Iterator[Message]:
+        """The activations and gradients that go from stage to stage in one replica."""
+        records, placement = self.one_replica(), self.schedule().placement
+        done = {event.name: (record.rank, event) for record in records for event in record.events if event.phase == RUN}
         for record in records:
-            for wait, sender in _receives(record):
-                if sender in senders:
-                    yield senders[sender], wait
+            for wait, sender in _receives(record, placement):
+                if sender in done:
+                    yield Message(*done[sender], record.rank, wait)
 
     def one_replica(self) -> list[RankRecord]:
-        """One rank of every stage, of the same pipeline: ranks are laid out stage by stage."""
+        """The ranks of one pipeline, in its order: ranks are laid out (home) stage by stage."""
         found: dict[int, RankRecord] = {}
         for record in self.records:
             found.setdefault(record.stage, record)
@@ -169,6 +191,13 @@ def _warm_intervals(steps: Sequence[Step]) -> list[Interval]:
     return warm
 
 
+def _pace(intervals: Sequence[Interval], period: int) -> float:
+    """Median seconds of a step, in stretches of ``period`` successive ones; the mean where there is no such stretch."""
+    stretches = zip(intervals, intervals[period - 1 :], strict=False)
+    whole = [last.end - first.start for first, last in stretches if last.step.step - first.step.step == period - 1]
+    return median(whole) / period if whole else mean(interval.seconds for interval in intervals)
+
+
 def _share(events: Sequence[Event], phase: str, intervals: Sequence[Interval]) -> float:
     """Share of ``intervals`` that events of ``phase`` take. Both are in order of time, and events do not overlap."""
     starts, inside = [interval.start for interval in intervals], 0.0
@@ -181,11 +210,13 @@ def _share(events: Sequence[Event], phase: str, intervals: Sequence[Interval]) -
     return inside / sum(interval.seconds for interval in intervals)
 
 
-def _receives(record: RankRecord) -> Iterator[tuple[Event, str]]:
-    """A rank's waits for what its own actions need, each with the name of the neighbour's action that sends it."""
+def _receives(record: RankRecord, placement: Placement) -> Iterator[tuple[Event, str]]:
+    """A rank's waits for what its own actions need, each with the name of the neighbour's action that sends it.
+
+    A rank also waits until its own messages have left, under the names of the actions that need them.
+    """
     for event in record.events:
         if event.phase == WAIT and event.name[0].isdigit():
             action = Action.parse(event.name)
-            if action.stage == record.stage:
-                sender = action.stage + (-1 if action.kind == FORWARD else 1)
-                yield event, str(action._replace(stage=sender))
+            if action.kind in SENDER and placement.rank_of(action.stage, action.index) == record.stage:
+                yield event, str(action._replace(stage=action.stage + SENDER[action.kind]))

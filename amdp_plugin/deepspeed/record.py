@@ -24,10 +24,13 @@ from torch import Tensor
 from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
 from ..runtime.timeline import RUN, WAIT, Timeline
 from .engine import ScheduledPipelineEngine
-from .recording import OURS, PROGRESS, STOCK, Evaluation, RankRecord, Step
+from .memory import gauge, peak_bytes
+from .recording import OURS, PROGRESS, STOCK, Evaluation, Memory, RankRecord, Step
 
 KEPT_EVENTS = 200_000
 WRITE_EVERY_SECONDS = 60.0
+MEASURED_STEP = 2
+"""The step in which memory is measured: the first one makes the optimizer's state."""
 RECORDED_METHODS = ("train_batch", "eval_batch", "save_checkpoint", "load_checkpoint")
 
 
@@ -44,6 +47,7 @@ class Recorder:
         self._evaluations: list[tuple[Evaluation, Any]] = []
         self._interruptions: list[str] = []
         self._tokens: int | None = None
+        self._memory: list[Memory] = []
         self.busy = False
         """Whether a call is being recorded."""
         self._stock: StockTimeline | None = None
@@ -53,8 +57,9 @@ class Recorder:
         else:
             self._stock = StockTimeline(engine)
             self.timeline = self._stock.timeline
-        if engine.is_first_stage():
-            engine.module.register_forward_pre_hook(self._count_tokens)
+        stages = {engine.stage_id: engine.module, **getattr(engine, "guests", {})}
+        if 0 in stages:
+            stages[0].register_forward_pre_hook(self._count_tokens)
 
     @property
     def rank(self) -> int:
@@ -77,7 +82,7 @@ class Recorder:
         """Everything until now."""
         ours = self._stock is None
         executor: Any = self._engine.executor if ours else self._stock
-        totals = self.timeline.totals
+        totals, kept = self.timeline.totals, self._memory
         return RankRecord(
             rank=self._engine.global_rank,
             stage=self._engine.stage_id,
@@ -93,11 +98,16 @@ class Recorder:
             wait_seconds=totals.wait,
             peak_in_flight=executor.peak_in_flight,
             largest_gap=executor.largest_gap if ours else 0,
+            memory=replace(Memory.largest(kept), peak=peak_bytes(self._engine.device)) if kept else None,
         )
 
     def _train(self, function: Callable[[], Any]) -> Any:
         engine, start = self._engine, time.perf_counter()
-        with self._stock.recording() if self._stock else nullcontext():
+        measuring = len(self._steps) + 1 == MEASURED_STEP
+        with (
+            self._stock.recording() if self._stock else nullcontext(),
+            gauge(engine, self._memory) if measuring else nullcontext(),
+        ):
             loss = function()
         end = time.perf_counter()
         tokens = None if self._tokens is None else self._tokens * engine.micro_batches * engine.grid.data_parallel_size

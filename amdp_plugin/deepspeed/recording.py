@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Step:
             number.
         samples: samples of the window, over all replicas.
         tokens: tokens of the window, over all replicas; ``None`` where the inputs are no token identifiers, and
-            on all stages but the first.
+            on ranks without a first stage.
         interruptions: what else was done since the step before, such as ``eval_batch``.
     """
 
@@ -52,13 +52,43 @@ class Evaluation:
     loss: float | None
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one rank keeps for training, whatever is in flight.
+
+    Args:
+        weights: parameters and buffers of all stages that it holds.
+        gradients: everything that holds gradients, where that is most: just before they are applied.
+        optimizer_state: moments, and fp32 copies of the weights where the optimizer steps those.
+        exchange: what replicas of a stage use to send gradients and weights.
+        peak: the most that the process had, with activations: on a GPU as PyTorch's allocator counts, on the CPU all
+            resident memory.
+    """
+
+    weights: int
+    gradients: int
+    optimizer_state: int
+    exchange: int
+    peak: int = 0
+
+    @property
+    def kept(self) -> int:
+        """All but the peak."""
+        return self.weights + self.gradients + self.optimizer_state + self.exchange
+
+    @classmethod
+    def largest(cls, each: Iterable[Memory]) -> Memory:
+        """The largest of every entry."""
+        return cls(*map(max, zip(*map(astuple, each), strict=True)))
+
+
 @dataclass
 class RankRecord:
     """What one rank did.
 
     Args:
         rank: global rank.
-        stage: its pipeline stage.
+        stage: its pipeline stage, which is also its place in the pipeline; where it holds several, its home.
         engine: :data:`STOCK` or :data:`OURS`.
         schedule: name of the schedule; stock is ``1f1b``.
         options: the schedule's options.
@@ -66,11 +96,13 @@ class RankRecord:
         micro_batches: micro-batches of a window.
         steps: every ``train_batch``.
         evaluations: every ``eval_batch``.
-        events: forwards, backwards and updates (phase ``run``) and waits for messages (phase ``wait``), the latest.
-        run_seconds: seconds in forwards, backwards and updates, in all.
+        events: forwards, backwards, reductions and updates (phase ``run``) and waits for messages (phase ``wait``), the
+            latest; they do not overlap.
+        run_seconds: seconds in forwards, backwards, reductions and updates, in all.
         wait_seconds: seconds in waits, in all.
         peak_in_flight: the most micro-batches that were forwarded and not yet backwarded.
         largest_gap: the largest (version at backward) - (version at forward).
+        memory: what it kept in memory; ``None`` where that was not measured.
     """
 
     rank: int
@@ -87,6 +119,7 @@ class RankRecord:
     wait_seconds: float
     peak_in_flight: int
     largest_gap: int
+    memory: Memory | None = None
 
     def write(self, directory: Path) -> None:
         """Write ``rank<rank>.json``: the whole file or, when killed at it, the one before."""
@@ -103,6 +136,7 @@ class RankRecord:
         values["steps"] = [Step(**step) for step in values["steps"]]
         values["evaluations"] = [Evaluation(**evaluation) for evaluation in values["evaluations"]]
         values["events"] = [Event(*event) for event in values["events"]]
+        values["memory"] = Memory(**values["memory"]) if values.get("memory") else None
         return cls(**values)
 
 

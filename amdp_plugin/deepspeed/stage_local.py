@@ -1,10 +1,15 @@
-"""Optimizer steps that do not make the stages of a pipeline wait for one another."""
+"""Norms and decisions of one stage, of all stages, and collectives that end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 
@@ -41,7 +46,30 @@ def make_stage_local(optimizer: Any, grid: StageGrid) -> None:
         optimizer.model_parallel_rank = grid.get_model_parallel_rank()
 
 
+@torch.no_grad()
+def clip_by_whole_norm(parameters: Iterable[nn.Parameter], limit: float, grid: Any) -> None:
+    """Scale the gradients of this stage so that those of the whole model have a norm of at most ``limit``.
+
+    Counts every parameter once, where DeepSpeed's ``clip_grad_norm_`` counts those of stage 0 alone: it takes the rank
+    in the model-parallel group, which contains the pipeline, for that in the tensor-parallel group.
+    """
+    gradients, counted = [], []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradients.append(parameter.grad)
+            once = grid.get_slice_parallel_rank() == 0 or is_model_parallel_parameter(parameter)
+            if once and not getattr(parameter, "ds_pipe_replicated", False):
+                counted.append(parameter.grad.float().norm())
+    device = gradients[0].device if gradients else None
+    squares = torch.stack(counted).square().sum() if counted else torch.zeros((), device=device)
+    dist.all_reduce(squares, group=grid.get_model_parallel_group())
+    coefficient = torch.clamp(limit / (squares.sqrt() + 1e-6), max=1.0)
+    for gradient in gradients:
+        gradient.mul_(coefficient)
+
+
 def bound_collectives(grid: Any, timeout_seconds: float) -> None:
     """Let the groups that a stage's step uses fail, not hang, when a peer is gone."""
-    for group in (grid.get_data_parallel_group(), grid.get_slice_parallel_group()):
+    groups = grid.get_data_parallel_group(), grid.get_slice_parallel_group(), grid.get_model_parallel_group()
+    for group in groups:
         _set_pg_timeout(timedelta(seconds=timeout_seconds), group)

@@ -82,6 +82,7 @@ class EngineWorker:
         if stage == self._last:
             buffers["losses"][buffer_id] = engine.loss
             engine.window_losses.add(micro_batch, engine.total_loss, engine.total_additional_losses)
+            engine.total_loss = engine.total_additional_losses = None  # an evaluation would add to them, in place
             return None
         outputs = buffers["outputs"][buffer_id]
         self._tuples[micro_batch] = isinstance(outputs, tuple)

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-Get, Set, Seed = Callable[[], Any], Callable[[Any], None], Callable[[int], Any]
+GetState = Callable[[], Any]
+SetState = Callable[[Any], None]
+Seed = Callable[[int], Any]
 
 
-def split(directions: int, get: Get, set: Set, seed: Seed) -> list[Any]:
+def split(directions: int, get: GetState, put: SetState, seed: Seed) -> list[Any]:
     """A state for each direction: the present one for the first, others seeded with numbers that it would draw."""
     present = get()
     seeds = torch.randint(2**62, (directions,)).tolist()
@@ -23,7 +25,7 @@ def split(directions: int, get: Get, set: Set, seed: Seed) -> list[Any]:
     for number in seeds[1:]:
         seed(number)
         states.append(get())
-    set(present)
+    put(present)
     return states
 
 
@@ -33,18 +35,18 @@ class RandomStreams:
     Args:
         directions: how many.
         get: returns the state of all generators that layers draw from.
-        set: puts such a state back.
+        put: puts such a state back.
         seed: begins a state from a number.
     """
 
     def __init__(
         self,
         directions: int,
-        get: Get = torch.get_rng_state,
-        set: Set = torch.set_rng_state,
+        get: GetState = torch.get_rng_state,
+        put: SetState = torch.set_rng_state,
         seed: Seed = torch.manual_seed,
     ) -> None:
-        self._directions, self._get, self._set, self._seed = directions, get, set, seed
+        self._directions, self._get, self._put, self._seed = directions, get, put, seed
         self._states: list[Any] = []
 
     @contextmanager
@@ -54,29 +56,29 @@ class RandomStreams:
             yield
             return
         outside = self._get()
-        self._set(self.states()[direction])
+        self._put(self.states()[direction])
         try:
             yield
         finally:
             self._states[direction] = self._get()
-            self._set(outside)
+            self._put(outside)
 
     def states(self) -> list[Any]:
         """What every stream would draw next; at first use the process's state is split."""
         if self._directions == 1:
             return [self._get()]
         if not self._states:
-            self._states = split(self._directions, self._get, self._set, self._seed)
+            self._states = split(self._directions, self._get, self._put, self._seed)
         return self._states
 
     def restore(self, direction: int, state: Any) -> None:
         """Let the stream of ``direction`` go on from ``state``."""
         if self._directions == 1:
-            self._set(state)
+            self._put(state)
         else:
             self.states()[direction] = state
 
     def load(self, states: list[Any]) -> None:
         """Go on from :meth:`states` of another run; where that had another number of streams, from its first."""
-        self._set(states[0])
+        self._put(states[0])
         self._states = list(states) if len(states) == self._directions > 1 else []

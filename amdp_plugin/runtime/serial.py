@@ -49,7 +49,8 @@ class SerialPipeline:
         seeds: the seed of each rank's random numbers; by default each continues from the present state.
         master_dtype: dtype of the master copies and of the sum of gradients, for mixed precision; by
             default that of the parameters.
-        before_step: called with a stage's master parameters, gradients set, before each step (to clip them).
+        before_step: called with a stage's master parameters, gradients set, before each step (to clip them); where
+            a schedule's updates meet, once a window with those of all stages.
 
     Attributes:
         versions: updates that each stage has had.
@@ -92,6 +93,7 @@ class SerialPipeline:
         self.random_states = [self._streams(state) for state in states]
         self._data: dict[int, tuple[Any, Any]] = {}
         self._losses: dict[int, Tensor] = {}
+        self._gathered: set[int] = set()
         self._flying: dict[tuple[int, int], tuple[Tensors, Tensors, int]] = {}
         self._messages: dict[tuple[int, str, int], Tensors] = {}
 
@@ -170,13 +172,21 @@ class SerialPipeline:
         """At home: step the masters with the gradients of all replicas. Everywhere: take the result as next version."""
         masters, replica = self._masters[stage], self._replicas[stage][rank]
         if replica is self._home(stage):
-            gradients = [replica.take_gradients() for replica in self._replicas[stage].values()]
-            for master, parts in zip(masters, zip(*gradients, strict=True), strict=True):
-                master.grad = _sum(parts)
-            self._before_step(masters)
+            if stage not in self._gathered:
+                met = range(len(self.stages)) if self.schedule.together else (stage,)
+                self._before_step([master for each in met for master in self._gather(each)])
+            self._gathered.discard(stage)
             self.optimizers[stage].step()
             self.optimizers[stage].zero_grad(set_to_none=True)
         replica.load(masters)
+
+    def _gather(self, stage: int) -> list[nn.Parameter]:
+        """The masters of ``stage``, with the sum of its replicas' gradients."""
+        gradients = [replica.take_gradients() for replica in self._replicas[stage].values()]
+        for master, parts in zip(self._masters[stage], zip(*gradients, strict=True), strict=True):
+            master.grad = _sum(parts)
+        self._gathered.add(stage)
+        return self._masters[stage]
 
     def _home(self, stage: int) -> _Replica:
         return self._replicas[stage][self.schedule.placement.home(stage)]

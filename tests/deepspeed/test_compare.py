@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
 
 from amdp_plugin.cli import main
+from amdp_plugin.deepspeed.compare_picture import picture
+from amdp_plugin.deepspeed.compare_table import rows, table
+from amdp_plugin.deepspeed.compare_trace import trace
 from amdp_plugin.deepspeed.measured import Run
-from amdp_plugin.deepspeed.recording import OURS, STOCK, RankRecord, read_records
-from amdp_plugin.plan.action import FORWARD, Action
+from amdp_plugin.deepspeed.recording import OURS, STOCK, Memory, RankRecord, Step, read_records
+from amdp_plugin.plan.action import FORWARD, UPDATE, Action
+from amdp_plugin.plan.costs import TICKS_PER_SECOND, CostModel
+from amdp_plugin.plan.schedule import Schedule
 from amdp_plugin.plan.scheduler import Scheduler
-from amdp_plugin.runtime.timeline import RUN, WAIT
+from amdp_plugin.plan.schedules import make
+from amdp_plugin.plan.simulate import simulate, steady_state
+from amdp_plugin.runtime.timeline import RUN, WAIT, Event
 
 ROOT = Path(__file__).parents[2]
 STEPS, MICRO_BATCHES, MICRO_BATCH_SIZE, SEQUENCE_LENGTH = 7, 3, 2, 16
@@ -22,9 +31,11 @@ RESULT_KEYS = {
     "name", "engine", "schedule", "baseline", "steps", "warm_steps", "stages", "ranks", "micro_batches",
     "seconds_per_step", "tokens_per_second", "samples_per_second", "ratio", "predicted_ratio",
     "predicted_seconds_per_step", "waiting_share_by_rank", "running_share_by_rank", "peak_in_flight_by_rank",
-    "largest_gap", "first_train_loss", "final_train_loss", "final_validation_loss", "others_cores", "costs", "losses",
-    "evaluations",
+    "memory_by_rank", "largest_gap", "first_train_loss", "final_train_loss", "final_validation_loss", "others_cores",
+    "costs", "losses", "evaluations",
 }  # fmt: skip
+COSTS = CostModel((0.2, 0.3, 0.4, 0.5), (0.9, 0.8, 0.7, 0.6), (0.05, 0.06, 0.07, 0.08), link_latency=0.01)
+WINDOWS = 30
 
 
 def write_configs(folder: Path) -> list[Path]:
@@ -73,6 +84,9 @@ def check_result(result: dict[str, Any]) -> None:
     assert stock["ratio"] == stock["predicted_ratio"] == 1.0
     assert paci["predicted_ratio"] > 0.0
     assert stock["peak_in_flight_by_rank"] == paci["peak_in_flight_by_rank"] == [2, 1]
+    # Training keeps the same, whatever is in flight.
+    (memory,) = {tuple(kept(of_rank) for of_rank in run["memory_by_rank"]) for run in (stock, paci)}
+    assert all(weights == gradients > 0 == exchange for weights, gradients, _, exchange in memory)
     # The same weights and the same data: what is computed before the first update is equal, and differs later.
     assert stock["losses"][0] == paci["losses"][0]
     assert stock["losses"][1:] != paci["losses"][1:]
@@ -80,6 +94,10 @@ def check_result(result: dict[str, Any]) -> None:
         assert run["steps"] == len(run["losses"]) == STEPS
         assert [evaluation["step"] for evaluation in run["evaluations"]] == [4, STEPS]
         assert run["final_validation_loss"] == run["evaluations"][-1]["loss"] > 0
+
+
+def kept(memory: dict[str, int]) -> tuple[int, ...]:
+    return tuple(memory[name] for name in ("weights", "gradients", "optimizer_state", "exchange"))
 
 
 def check_trace(trace: dict[str, Any]) -> None:
@@ -106,6 +124,85 @@ def check_record(record: RankRecord, run: Run) -> None:
     for action in ran:
         if action.kind == FORWARD and record.stage == 1:
             assert spans[str(action)].start > spans[f"0F{action.index}"].end
+
+
+def as_if_recorded(schedule: Schedule, costs: CostModel = COSTS) -> Run:
+    """What the ranks would have recorded, if actions had taken what they cost."""
+    scheduler = Scheduler(schedule)
+    timing = simulate(scheduler.program(WINDOWS), costs)
+    ends = {
+        (rank, action): end
+        for rank, (row, spans) in enumerate(zip(timing.program.rows, timing.spans, strict=True))
+        for action, (_, end) in zip(row, spans, strict=True)
+    }
+    arrivals = {
+        schedule.message(rank, action): end + costs.link_ticks()
+        for (rank, action), end in ends.items()
+        if schedule.message(rank, action)
+    }
+    records = []
+    for rank in range(schedule.num_ranks):
+        events, steps, now = list[Event](), list[Step](), 0
+        for window in range(WINDOWS):
+            start = now
+            for action in scheduler.row(window, rank):
+                arrival = arrivals.get((rank, action), 0)
+                if arrival > now:
+                    events.append(Event(str(action), WAIT, now / TICKS_PER_SECOND, arrival / TICKS_PER_SECOND))
+                end = ends[rank, action]
+                # A guest only receives what its home updates.
+                begin = end - (costs.action_ticks(action) if action.kind != UPDATE or action.stage == rank else 0)
+                events.append(Event(str(action), RUN, begin / TICKS_PER_SECOND, end / TICKS_PER_SECOND))
+                sent, now = schedule.message(rank, action), end
+                if sent:  # its own message has to leave
+                    events.append(Event(str(sent[1]), WAIT, now / TICKS_PER_SECOND, now / TICKS_PER_SECOND))
+            steps.append(Step(window + 1, start / TICKS_PER_SECOND, now / TICKS_PER_SECOND, 1.0, samples=8))
+        memory = Memory(weights=2000 * (rank + 1), gradients=4000, optimizer_state=24000, exchange=500, peak=3 << 30)
+        numbers = (schedule.num_stages, schedule.micro_batches)
+        named = (rank, rank, OURS, schedule.name, dict(schedule.options))
+        records.append(RankRecord(*named, *numbers, steps, [], events, 0, 0, 0, 0, memory))
+    return Run("synthetic", records)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [make("paci", 4, 4), make("1f1b", 4, 8), make("chimera", 4, 4), make("amdp", 4, 4), make("amdp", 4, 8, preload=0)],
+    ids=lambda schedule: f"{schedule.name} {schedule.micro_batches}",
+)
+def test_figures_of_ranks_with_several_stages(schedule: Schedule) -> None:
+    """What was put in comes out, whichever rank ran it, and the plan predicts it."""
+    run = as_if_recorded(schedule)
+    found = run.costs()
+    for name in ("forward", "backward", "update", "link_latency"):
+        assert getattr(found, name) == pytest.approx(getattr(COSTS, name)), name
+    assert run.predicted_seconds(found) == pytest.approx(run.seconds_per_step)
+    utilization = steady_state(Scheduler(schedule), COSTS)[0]
+    assert mean(run.running_share_by_rank) == pytest.approx(utilization, rel=0.02)
+    shares = zip(run.running_share_by_rank, run.waiting_share_by_rank, strict=True)
+    assert all(0 <= waiting <= 1.001 - running for running, waiting in shares)
+
+    messages = list(run.messages())
+    for sender, sent, receiver, wait in messages:
+        assert schedule.message(sender, Action.parse(sent.name)) == (receiver, Action.parse(wait.name))
+    waits = [event for record in run.records for event in record.events if event.phase == WAIT]
+    assert len(messages) == sum(wait.end > wait.start for wait in waits) > 0
+
+
+def test_what_is_shown_of_ranks_with_several_stages() -> None:
+    """The table fits into 120 columns, with the memory of the fullest rank; the trace names all stages of a rank."""
+    run = as_if_recorded(make("amdp", 4, 4))
+    without = Run("old", [replace(record, memory=None) for record in run.records])
+    text = table(rows([run, without]))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert max(map(len, lines)) <= 120
+    assert [cell.strip() for cell in lines[-1].strip("|").split("|")] == [
+        "synthetic (amdp_plugin amdp)", "7.81 KiB", "3.91 KiB", "23.44 KiB", "500 B", "35.64 KiB", "3.00 GiB",
+    ]  # fmt: skip
+    assert "memory" not in table(rows([without]))
+    assert picture([run, without]).startswith(b"\x89PNG") and picture([without]).startswith(b"\x89PNG")
+    tracks = [event for event in json.loads(trace([run]))["traceEvents"] if event["name"] == "thread_name"]
+    names = [event["args"]["name"] for event in tracks]
+    assert names == ["rank 0, stage 0 3", "rank 1, stage 1 2", "rank 2, stage 1 2", "rank 3, stage 0 3"]
 
 
 def test_a_job_that_fails_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
