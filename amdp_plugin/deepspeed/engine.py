@@ -31,9 +31,9 @@ from .checkpoint import load_random_states, save_random_states
 from .config import read_settings
 from .guests import build_guest, home_gradient, sum_dtype
 from .losses import MicroBatchLoss, WindowLosses
+from .meeting import StageGrid, bound_collectives, clip_by_whole_norm, make_stage_local, must_meet
 from .random_state import random_state, seed_all, set_random_state
 from .schedule import RunAction, WindowSchedule
-from .stage_local import StageGrid, bound_collectives, clip_by_whole_norm, make_stage_local
 from .worker import EngineWorker
 
 
@@ -280,10 +280,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         return self.executor.schedule.flush or self.executor.schedule.together
 
     def _make_schedule(self) -> Schedule:
-        return self.settings.make(self.num_stages, self.micro_batches, meet=self._stages_must_meet())
-
-    def _stages_must_meet(self) -> bool:
-        return bool(self.gradient_clipping() > 0 or self.fp16_enabled() or self.module.tied_comms)
+        meet = must_meet(self.module, self.gradient_clipping(), self.fp16_enabled())
+        return self.settings.make(self.num_stages, self.micro_batches, meet)
 
     def _is_read_here(self, micro_batch: int) -> bool:
         row = self.executor.schedule.placement.ranks[micro_batch % self.executor.schedule.placement.directions]

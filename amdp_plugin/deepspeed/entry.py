@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 
 from .config import ScheduleSettings, check_compatible, check_topology, enabled, read_settings
 from .engine import ScheduledPipelineEngine
+from .meeting import must_meet, tied_across_stages
 
 Engines = tuple[Any, Any, Any, Any]
 
@@ -73,9 +74,9 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
         refuse("a DualPipeVModule brings a schedule of its own; use a PipelineModule, or leave the key out")
     grid = model.mpu()
     check_topology(config["pipeline"], grid.model_parallel_size, settings)
-    tied = _tied_across_stages(model)
+    tied, fp16 = tied_across_stages(model), enabled(config, "fp16")
     clipping = config.get("gradient_clipping", 1.0)  # DeepSpeed's default
-    meet = bool(tied) or enabled(config, "fp16") or clipping > 0
+    meet = must_meet(model, clipping, fp16)
     size = max(1, config.get("gradient_accumulation_steps") or 1)
     schedule = settings.make(grid.pipe_parallel_size, size, meet)
     if schedule.update_delay:
@@ -90,18 +91,9 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
             "step; untie them (LayerSpec for TiedLayerSpec), keep them on one stage, or use a schedule whose updates "
             'meet (amdp with "updates": "together", or 1f1b)'
         )
-    if enabled(config, "fp16"):
+    if fp16:
         refuse(
             '"fp16" scales the loss, so that all stages must decide together, at every step, whether to skip it; use '
             '"bf16", which needs no loss scale, or a schedule whose updates meet (amdp with "updates": "together", '
             "or 1f1b)"
         )
-
-
-def _tied_across_stages(model: PipelineModule) -> list[str]:
-    """Keys of tied layers that several stages hold; the same answer on every rank."""
-    stages: dict[str, set[int]] = {}
-    for index, spec in enumerate(model._layer_specs):
-        if isinstance(spec, TiedLayerSpec):
-            stages.setdefault(spec.key, set()).add(model.stage_owner(index))
-    return sorted(key for key, owners in stages.items() if len(owners) > 1)

@@ -1,4 +1,4 @@
-"""A small column/row-parallel pair of layers with its own autograd functions, on two stages of two ranks."""
+"""A small column/row-parallel pair of layers with its own autograd functions, on stages of two ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.runtime.models import OPTIMIZERS, WIDTH, loss
 
 from .jobs import Job, configuration, finish, stream
 
-STAGES, TENSOR_PARALLEL, HIDDEN = 2, 2, 8
+TENSOR_PARALLEL, HIDDEN = 2, 8
 
 
 class Whole(nn.Module):
@@ -82,10 +82,10 @@ class Shard(nn.Module):
         return x + Sum.apply(nn.functional.linear(hidden, self.weight_out), self.group) + self.bias_out
 
 
-def whole_layers() -> list[Whole]:
-    """The same two stages wherever they are built."""
+def whole_layers(stages: int) -> list[Whole]:
+    """The same stages wherever they are built."""
     torch.manual_seed(7)
-    return [Whole() for _ in range(STAGES)]
+    return [Whole() for _ in range(stages)]
 
 
 def join(shards: list[dict[str, Tensor]]) -> list[Tensor]:
@@ -97,12 +97,12 @@ def join(shards: list[dict[str, Tensor]]) -> list[Tensor]:
 
 
 def train(rank: int, job: Job) -> dict[str, Any]:
-    """Train on four ranks, two a stage."""
+    """Train on two ranks a stage."""
     deepspeed.init_distributed("gloo")
-    groups = [dist.new_group([TENSOR_PARALLEL * s + r for r in range(TENSOR_PARALLEL)]) for s in range(STAGES)]
+    groups = [dist.new_group([TENSOR_PARALLEL * s + r for r in range(TENSOR_PARALLEL)]) for s in range(job.stages)]
     stage, shard = divmod(rank, TENSOR_PARALLEL)
-    topology = PipeModelDataParallelTopology(num_pp=STAGES, num_mp=TENSOR_PARALLEL, num_dp=1)
-    layers = [Shard(whole, shard, groups[stage]) for whole in whole_layers()]
+    topology = PipeModelDataParallelTopology(num_pp=job.stages, num_mp=TENSOR_PARALLEL, num_dp=1)
+    layers = [Shard(whole, shard, groups[stage]) for whole in whole_layers(job.stages)]
     module = PipelineModule(layers, topology=topology, loss_fn=loss, partition_method="uniform")
     optimizer = OPTIMIZERS[str(job.optimizer)](list(module.parameters()))
     engine, *_ = amdp_plugin.initialize(model=module, config=configuration(job), optimizer=optimizer)

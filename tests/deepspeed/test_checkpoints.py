@@ -27,6 +27,11 @@ JOBS = {
     "paci, ZeRO-1": Job("paci", 2, 2, optimizer="adamw", config=ZERO, replicas=2),
     "paci, bf16": Job("paci", 2, 2, optimizer="adamw", config=BF16, dtype=torch.bfloat16),
     "1f1b": Job("1f1b", 3, 2, optimizer="adamw", config=SCHEDULED),
+    "amdp": Job("amdp", 4, 4, optimizer="adamw", config=SCHEDULED),
+    "amdp, buffers": Job("amdp", 4, 8, kind="counting"),
+    "amdp, bf16": Job("amdp", 4, 4, optimizer="adamw", config=BF16, dtype=torch.bfloat16),
+    "amdp, ZeRO-1": Job("amdp", 4, 4, optimizer="adamw", config=ZERO, replicas=2),
+    "amdp, clipping": Job("amdp", 4, 4, config={"gradient_clipping": 0.05}),
     "1f1b, ZeRO-1": Job("1f1b", 2, 2, optimizer="adamw", config=ZERO, replicas=2),
 }
 
@@ -81,6 +86,8 @@ def change_hands(rank: int, first: Job, second: Job, directory: Path) -> tuple[d
     path, _ = after.load_checkpoint(str(directory), tag="shared")
     assert path is not None
     left, right = holdings(before), holdings(after)
+    for stage, guest in getattr(after, "guests", {}).items():
+        assert stage != after.stage_id and guest.stage_id == stage
     train(after, stream(after, second, start=HALF * second.size), 2)
     assert after.global_steps == HALF + 2
     return left, right
@@ -109,13 +116,21 @@ def plain(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("config", [{}, ZERO], ids=["plain", "ZeRO-1"])
-@pytest.mark.parametrize("to_stock", [True, False])
-def test_stock_and_paci_load_each_other(to_stock: bool, config: dict[str, Any], tmp_path: Path) -> None:
-    """Weights, optimizer, learning-rate schedule and counters."""
-    paci = Job("paci", 2, 2, optimizer="adamw", config={**SCHEDULED, **config})
-    jobs = (paci, paci.stock) if to_stock else (paci.stock, paci)
-    for left, right in run_ranks(paci.world, change_hands, *jobs, tmp_path):
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("paci", None), (None, "paci"), ("amdp", None), (None, "amdp"), ("amdp", "paci"), ("paci", "amdp")],
+)
+def test_engines_load_each_other(
+    first: str | None, second: str | None, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Weights, optimizer, learning-rate schedule and counters; ``None`` is stock."""
+    stages = 4 if "amdp" in (first, second) else 2
+    jobs = [Job(name, stages, 4, optimizer="adamw", config={**SCHEDULED, **config}) for name in (first, second)]
+    for left, right in run_ranks(stages, change_hands, *jobs, tmp_path):
         assert left == right
+
+
+EVALUATED = [Job("paci", 3, 2), Job("paci", 2, 4), Job("paci", 4, 1), Job("1f1b", 3, 2), Job("amdp", 4, 8)]
 
 
 def evaluate(engine: Any, job: Job, **options: Any) -> float:
@@ -149,7 +164,7 @@ def evaluated_by_the_oracle(job: Job, windows: int, micro_batches: int) -> float
     return float(total / micro_batches)
 
 
-@pytest.mark.parametrize("job", [Job("paci", 3, 2), Job("paci", 2, 4), Job("paci", 4, 1), Job("1f1b", 3, 2)], ids=str)
+@pytest.mark.parametrize("job", EVALUATED, ids=str)
 def test_evaluation_changes_nothing(job: Job) -> None:
     """In the middle of a stream; and its value is that of the weights after the latest update, on every rank."""
     plainly, _ = zip(*run_ranks(job.world, with_evaluation, job, False), strict=True)

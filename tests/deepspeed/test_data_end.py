@@ -65,6 +65,12 @@ def test_data_ends_within_a_window(stages: int, size: int, rest: int) -> None:
     check(Job("paci", stages, size), count=3 * size + rest, more=6 * size + size - 1)
 
 
+@pytest.mark.parametrize(("stages", "size", "rest"), [(4, 4, 0), (4, 4, 3), (4, 8, 1), (8, 8, 0)])
+def test_data_of_several_directions_ends(stages: int, size: int, rest: int) -> None:
+    """What was backwarded for a window that never begins is forgotten, too."""
+    check(Job("amdp", stages, size), count=3 * size + rest, more=6 * size + size - 1)
+
+
 @pytest.mark.parametrize(("name", "count"), [("1f1b", 7), ("1f1b", 8), ("gpipe", 7), ("paci", 3), ("paci", 0)])
 def test_flushed_schedules_and_no_window_at_all(name: str, count: int) -> None:
     check(Job(name, 3, 4), count=count, more=17)

@@ -154,6 +154,25 @@ def test_amdp_in_bf16_with_sums_and_masters_in_fp32() -> None:
     check(Job("amdp", 4, 4, optimizer="adamw", config=config, dtype=torch.bfloat16), master_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 1}}])
+def test_amdp_clips_by_the_norm_of_the_whole_model(config: dict[str, Any]) -> None:
+    """Found in another order than the oracle's: equal to the rounding of a norm in fp32."""
+
+    def clip(parameters: list[nn.Parameter]) -> None:
+        norms = [parameter.grad.norm() for parameter in parameters]
+        assert len(norms) == 4 * 4 and max(norms) < torch.stack(norms).norm() > 0.05
+        nn.utils.clip_grad_norm_(parameters, 0.05)
+
+    job = Job("amdp", 4, 4, config={**config, "gradient_clipping": 0.05})
+    found = run(job)
+    pipeline, losses = oracle(replace(job, schedule={"name": "amdp", "updates": "together"}), before_step=clip)
+    for result in found:
+        assert result["losses"] == pytest.approx(losses, rel=1e-5)
+        for stage, weights in result["weights"].items():
+            for value, expected in zip(weights.values(), pipeline.stages[stage].state_dict().values(), strict=True):
+                torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_amdp_with_zero_1() -> None:
     check(Job("amdp", 4, 4, optimizer="adamw", config={"zero_optimization": {"stage": 1}}))
 

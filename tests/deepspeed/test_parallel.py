@@ -37,6 +37,13 @@ def test_replicas_that_are_alike(name: str, optimizer: str, config: dict[str, An
     assert_equals_oracle(run(job), *oracle(job))
 
 
+@pytest.mark.parametrize("config", [{}, ZERO])
+def test_replicas_of_pipelines_with_guests(config: dict[str, Any]) -> None:
+    """The home averages over data-parallel replicas what it has of its guests."""
+    job = Job("amdp", 4, 4, optimizer="adamw", config=config, replicas=2, alike=True)
+    assert_equals_oracle(run(job), *oracle(job))
+
+
 def test_replicas_that_are_alike_in_bf16() -> None:
     job = Job("paci", 2, 2, optimizer="adamw", config=BF16, dtype=torch.bfloat16, replicas=2, alike=True)
     assert_equals_oracle(run(job), *oracle(job, master_dtype=torch.float32))
@@ -50,13 +57,28 @@ def both_replicas(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.cat(inputs), torch.cat(labels)
 
 
-@pytest.mark.parametrize("config", [{}, ZERO, {"gradient_clipping": 0.05}, {**ZERO, "gradient_clipping": 0.05}])
-def test_replicas_average_their_gradients(config: dict[str, Any]) -> None:
+CLIPPED = {"gradient_clipping": 0.05}
+TOGETHER = {"name": "amdp", "updates": "together"}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages", "config"),
+    [
+        ("paci", 2, {}),
+        ("paci", 2, ZERO),
+        ("paci", 2, CLIPPED),
+        ("paci", 2, {**ZERO, **CLIPPED}),
+        ("amdp", 4, {}),
+        (TOGETHER, 4, CLIPPED),
+        (TOGETHER, 4, {**ZERO, **CLIPPED}),
+    ],
+)
+def test_replicas_average_their_gradients(schedule: Any, stages: int, config: dict[str, Any]) -> None:
     """Two replicas are one pipeline with micro-batches of twice the size; other schedules are far from it."""
-    job = Job("paci", 2, 2, kind="exact", config=config, replicas=2)
+    job = Job(schedule, stages, stages, kind="exact", config=config, replicas=2)
     found = run(job)
     clipping = config.get("gradient_clipping", 0.0)
-    for name in ("paci", "1f1b"):
+    for name in (schedule, "1f1b"):
         pipeline = make_oracle(replace(job, schedule=name), before_step=clip(clipping))
         losses = pipeline.train(both_replicas(job), job.windows)
         errors = [
@@ -64,18 +86,19 @@ def test_replicas_average_their_gradients(config: dict[str, Any]) -> None:
             for s, stage in enumerate(pipeline.stages)
             for key, value in zip(found[job.replicas * s]["weights"][s], stage.state_dict().values(), strict=True)
         ]
-        if name == "paci":
+        if name == schedule:
             assert max(errors) < 1e-6
             assert found[0]["losses"] == pytest.approx(losses, rel=1e-5)
         else:
             assert max(errors) > 1e-5
     for rank in range(0, job.world, job.replicas):
-        for key, value in found[rank]["weights"][rank // 2].items():
-            assert torch.equal(value, found[rank + 1]["weights"][rank // 2][key]), f"replicas of stage {rank // 2}: {key}"
+        for stage, weights in found[rank]["weights"].items():
+            for key, value in weights.items():
+                assert torch.equal(value, found[rank + 1]["weights"][stage][key]), f"replicas of stage {stage}: {key}"
 
 
 def clip(norm: float) -> Any:
-    """Clip the gradients of one stage by their own norm."""
+    """Clip by their own norm the gradients of what updates at once: one stage, or all where updates meet."""
 
     def before_step(parameters: list[nn.Parameter]) -> None:
         if norm:
@@ -85,14 +108,17 @@ def clip(norm: float) -> Any:
     return before_step
 
 
-@pytest.mark.parametrize("clipping", [0.0, 0.05])
-def test_tensor_parallel_equals_the_whole(clipping: float) -> None:
-    """Two stages of two ranks train what two whole stages train, but for rounding."""
-    job = Job("paci", 2, 2, config={"gradient_clipping": clipping})
-    found = run_ranks(4, tensor_parallel.train, job)
-    schedules = {name: make(name, job.stages, job.size) for name in ("paci", "1f1b")}
-    for name, schedule in schedules.items():
-        whole = tensor_parallel.whole_layers()
+@pytest.mark.parametrize(
+    ("name", "stages", "clipping"), [("paci", 2, 0.0), ("paci", 2, 0.05), ("amdp", 4, 0.0), ("amdp", 4, 0.05)]
+)
+def test_tensor_parallel_equals_the_whole(name: str, stages: int, clipping: float) -> None:
+    """Stages of two ranks train what as many whole stages train, but for rounding."""
+    job = Job(name, stages, stages, config={"gradient_clipping": clipping})
+    found = run_ranks(2 * stages, tensor_parallel.train, job)
+    options = {"updates": "together"} if name == "amdp" and clipping else {}
+    schedules = {name: make(name, stages, job.size, **options), "1f1b": make("1f1b", stages, job.size)}
+    for other, schedule in schedules.items():
+        whole = tensor_parallel.whole_layers(stages)
         pipeline = SerialPipeline(whole, OPTIMIZERS["sgd"], loss, schedule, before_step=clip(clipping))
         losses = pipeline.train(data(), job.windows)
         error = max(
@@ -104,7 +130,7 @@ def test_tensor_parallel_equals_the_whole(clipping: float) -> None:
                 strict=True,
             )
         )
-        if name == "paci":
+        if other == name:
             assert error < 1e-6
             assert found[0]["losses"] == pytest.approx(losses, rel=1e-5)
         else:

@@ -61,8 +61,18 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"pipeline": {"schedule": "paci", "stagess": 2}},
         ["no key stagess", "activation_checkpoint_interval", "schedule"],
     ),
-    "several directions": (section("chimera"), ["several directions", "cannot run it yet", "paci"]),
-    "fp16": ({**PACI, "fp16": {"enabled": True}}, ['"fp16"', "loss scaling", '"bf16"', "stock 1F1B"]),
+    "window that does not divide": ({**section("chimera"), "gradient_accumulation_steps": 3}, ["3", "use 2 or 4"]),
+    "directions that do not divide": (section({"name": "amdp", "directions": 3}), ["directions"]),
+    "parked gradients": (section({"name": "amdp", "updates": "parked"}), ["sums the next window's", '"together"']),
+    "unknown updates": (section({"name": "amdp", "updates": "never"}), ["together", "independent", "'never'"]),
+    "fp16": (
+        {**PACI, "fp16": {"enabled": True}},
+        ['"fp16"', "all stages must decide together", '"bf16"', '"together"'],
+    ),
+    "fp16 with independent updates": (
+        {**section({"name": "amdp", "updates": "independent"}), "fp16": {"enabled": True}},
+        ['"fp16"', '"updates": "together"'],
+    ),
     "amp": ({**PACI, "amp": {"enabled": True}}, ['"amp"', "apex", '"bf16"']),
     "torch_autocast": (
         {**PACI, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
@@ -149,7 +159,7 @@ def test_tied_layers_across_stages_are_refused() -> None:
     """On one stage they work."""
     for message in run_ranks(2, attempt_tied, Job("paci")):
         assert "tied layers words live on several stages" in message
-        assert "untie them" in message and "stock 1F1B" in message
+        assert "untie them" in message and '"updates": "together"' in message
 
 
 def attempt_partitioned(rank: int, job: Job) -> list[str]:

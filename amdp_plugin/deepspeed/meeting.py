@@ -1,4 +1,4 @@
-"""Norms and decisions of one stage, of all stages, and collectives that end."""
+"""Whether an update is a stage's own affair or a meeting of all, and what either changes in DeepSpeed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
+
+
+def must_meet(model: PipelineModule, clipping: float, fp16: bool) -> bool:
+    """Whether the job wants one decision of all stages at every update: a norm, a loss scale or a tied weight."""
+    return bool(clipping > 0 or fp16 or tied_across_stages(model))
+
+
+def tied_across_stages(model: PipelineModule) -> list[str]:
+    """Keys of tied layers that several stages hold; the same answer on every rank."""
+    stages: dict[str, set[int]] = {}
+    for index, spec in enumerate(model._layer_specs):
+        if isinstance(spec, TiedLayerSpec):
+            stages.setdefault(spec.key, set()).add(model.stage_owner(index))
+    return sorted(key for key, owners in stages.items() if len(owners) > 1)
 
 
 class StageGrid:

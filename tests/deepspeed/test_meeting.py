@@ -1,0 +1,167 @@
+"""What all stages decide together at an update: tied weights, and fp16's loss scale."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from torch import Tensor, nn
+
+import amdp_plugin
+from amdp_plugin.plan.schedules import make
+from amdp_plugin.runtime.serial import SerialPipeline
+from tests.processes import run_ranks
+from tests.runtime.models import OPTIMIZERS, ROWS, WIDTH, Plain, data, loss
+
+from .jobs import Job, assert_same, configuration, finish, stream
+
+# Tied layers
+
+
+class Words(nn.Module):
+    """One matrix, used as it is in front and transposed at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, WIDTH * WIDTH).view(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight)
+
+
+def head(words: Words, x: Tensor) -> Tensor:
+    return x @ words.weight.T
+
+
+class Last(nn.Module):
+    """The last stage in the oracle: a middle layer and the head."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.middle, self.words = middle, Words()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return head(self.words, self.middle(x))
+
+
+def middles(stages: int) -> list[nn.Module]:
+    torch.manual_seed(5)
+    return [Plain() for _ in range(stages)]
+
+
+def train_tied(rank: int, job: Job) -> dict[str, Any]:
+    deepspeed.init_distributed("gloo")
+    layers = [TiedLayerSpec("words", Words), *middles(job.stages), TiedLayerSpec("words", Words, forward_fn=head)]
+    module = PipelineModule(layers, num_stages=job.stages, loss_fn=loss, partition_method="type:Plain")
+    assert module.parts == [0, *range(2, job.stages + 1), job.stages + 2]
+    optimizer = OPTIMIZERS[str(job.optimizer)](list(module.parameters()))
+    engine, *_ = amdp_plugin.initialize(model=module, config=configuration(job), optimizer=optimizer)
+    torch.manual_seed(100 + rank)
+    batches = stream(engine, job)
+    return finish(engine, [float(engine.train_batch(batches)) for _ in range(job.windows)])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("stages", "size"), [(4, 4), (4, 8), (2, 2)])
+def test_tied_layers_in_several_directions(stages: int, size: int, optimizer: str) -> None:
+    """The replicas of both ends are reduced into one update, which the two homes take alike."""
+    job = Job("amdp", stages, size, optimizer=optimizer)
+    found = run_ranks(stages, train_tied, job)
+    inner = middles(stages)
+    parts = [nn.Sequential(Words(), inner[0]), *inner[1:-1], Last(inner[-1])]
+    schedule = make("amdp", stages, size, updates="together")
+    ends: list[nn.Parameter] = []
+
+    def make_optimizer(masters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        ends.extend(master for master in masters if torch.equal(master, Words().weight))
+        return OPTIMIZERS[optimizer](masters)
+
+    def before_step(_: list[nn.Parameter]) -> None:
+        first, last = ends
+        total = first.grad + last.grad
+        first.grad, last.grad = total, total.clone()
+
+    pipeline = SerialPipeline(
+        parts, make_optimizer, loss, schedule, seeds=[100 + rank for rank in range(stages)], before_step=before_step
+    )
+    losses = pipeline.train(data(), job.windows)
+    for rank, result in enumerate(found):
+        assert result["losses"] == losses
+        for stage, weights in result["weights"].items():
+            named = dict(weights)
+            words = named.pop("tied_modules.words.weight", None)
+            expected = pipeline.replica(stage, rank)
+            if words is not None:
+                matrix = (expected[0] if stage == 0 else expected.words).weight
+                assert torch.equal(words, matrix), f"rank {rank}, stage {stage}"
+                rest = expected[1] if stage == 0 else expected.middle
+            else:
+                rest = expected
+            assert all(torch.equal(a, b) for a, b in zip(named.values(), rest.state_dict().values(), strict=True))
+
+
+def test_tied_layers_under_1f1b_are_stock() -> None:
+    job = Job("1f1b", 3, 4, optimizer="adamw", config={"gradient_clipping": 0.05})
+    assert_same(run_ranks(3, train_tied, job), run_ranks(3, train_tied, job.stock))
+
+
+# fp16
+
+
+def train_fp16(rank: int, job: Job) -> dict[str, Any]:
+    get_accelerator().is_fp16_supported = lambda: True  # slow on this CPU, and right
+    deepspeed.init_distributed("gloo")
+    torch.manual_seed(5)
+    layers = [LayerSpec(Plain) for _ in range(job.stages)]
+    module = PipelineModule(
+        layers, num_stages=job.stages, loss_fn=loss, partition_method="uniform", seed_layers=True, base_seed=3
+    )
+    optimizer = OPTIMIZERS[str(job.optimizer)](list(module.parameters()))
+    engine, *_ = amdp_plugin.initialize(model=module, config=configuration(job), optimizer=optimizer)
+    batches, scales, losses = stream(engine, job), [], []
+    for _ in range(job.windows):
+        losses.append(float(engine.train_batch(batches)))
+        scales.append(engine.optimizer.loss_scale)
+    return {**finish(engine, losses), "scales": scales, "skipped": engine.skipped_steps}
+
+
+FP16 = {
+    "fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 3},
+    "zero_optimization": {"stage": 1},
+    "gradient_clipping": 1.0,
+    "train_micro_batch_size_per_gpu": ROWS,
+}
+
+
+def test_fp16_under_1f1b_is_stock() -> None:
+    job = Job("1f1b", 2, 4, config=FP16, dtype=torch.float16, windows=12)
+    found, expected = run_ranks(2, train_fp16, job), run_ranks(2, train_fp16, job.stock)
+    assert_same(found, expected)
+    assert found[0]["scales"] == expected[0]["scales"]
+
+
+def test_all_stages_skip_a_step_together() -> None:
+    """The scale falls, and rises again, on all ranks at the same window; nothing but rounding differs from 1F1B
+    before the first update."""
+    job = Job("amdp", 4, 4, config=FP16, dtype=torch.float16, windows=12)
+    found = run_ranks(4, train_fp16, job)
+    flushed = run_ranks(4, train_fp16, replace(job, schedule="1f1b"))
+    scales = found[0]["scales"]
+    assert all(result["scales"] == scales and result["skipped"] == found[0]["skipped"] for result in found)
+    assert 0 < found[0]["skipped"] < 8
+    assert any(after > before for before, after in pairwise(scales))
+    skipped = next(window for window in range(12) if scales[window] == scales[window + 1])
+    for one in (found, flushed):
+        assert one[0]["scales"][: skipped + 2] == scales[: skipped + 2]
+    assert found[0]["losses"][: skipped + 1] == pytest.approx(flushed[0]["losses"][: skipped + 1], rel=2e-3)
+    for result in found:  # every replica is its home
+        for stage, weights in result["weights"].items():
+            for key, value in weights.items():
+                assert torch.equal(value, found[stage]["weights"][stage][key])
+                assert torch.isfinite(value).all()
