@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,13 +23,14 @@ from ..runtime.exchange import Exchange, links
 from ..runtime.executor import Executor, keep_sent
 from ..runtime.feed import Feed
 from ..runtime.random_streams import RandomStreams
-from ..runtime.replica import Guest, Home, Replica
+from ..runtime.replica import Guest, Replica
 from ..runtime.transport import Transport
 from ..runtime.watch import PipelineStallError, Watch
+from .announcement import announce
 from .checkpoint import load_random_states, save_random_states
 from .config import read_settings
-from .guests import build_guest, home_gradient, sum_dtype
-from .losses import MicroBatchLoss, WindowLosses
+from .guests import build_replicas
+from .losses import WindowLosses, broken, summed
 from .meeting import StageGrid, bound_collectives, clip_by_whole_norm, make_stage_local, must_meet
 from .random_state import random_state, seed_all, set_random_state
 from .schedule import RunAction, WindowSchedule
@@ -82,13 +82,16 @@ class ScheduledPipelineEngine(PipelineEngine):
         self.random_streams = RandomStreams(directions, random_state, set_random_state, seed_all)
         self._watch = Watch(self.stage_id, settings.timeout_seconds)
         self._channels: Channels | None = None
-        self._exchange = self._build_replicas(schedule)
+        self._exchange: Exchange | None = None
+        self.guests, self.replicas = build_replicas(self, schedule.placement)
+        if schedule.reduces:
+            transport = self._make_transport(links(schedule.placement))
+            self._exchange = Exchange(schedule.placement, self.replicas, transport, self._watch)
         self._copy_home()
         if self._loader is not None:
             super().set_dataloader(self._loader)  # again: now it is known who reads
         self._build_executor(schedule)
-        # Where the updates of all stages meet, norms are the whole model's, as in stock.
-        self._norm_grid = self.mpu if self._updates_meet else StageGrid(self.mpu)
+        self._norm_grid = self.mpu if self.updates_meet else StageGrid(self.mpu)
         if self._norm_grid is not self.mpu:
             make_stage_local(self.optimizer, self._norm_grid)
         bound_collectives(self.grid, settings.timeout_seconds)
@@ -188,6 +191,11 @@ class ScheduledPipelineEngine(PipelineEngine):
         """The sums of gradients of this rank's guests."""
         return (flat for replica in self.replicas.values() if isinstance(replica, Guest) for flat in replica.gradients)
 
+    @property
+    def updates_meet(self) -> bool:
+        """Whether all stages update at one point of the program, so that norms are the whole model's."""
+        return self.executor.schedule.flush or self.executor.schedule.together
+
     # What DeepSpeed calls
 
     def _train_schedule(self) -> WindowSchedule:
@@ -218,7 +226,7 @@ class ScheduledPipelineEngine(PipelineEngine):
 
     def clip_fp32_gradients(self) -> None:
         parameters, limit = list(self.module.parameters()), self.gradient_clipping()
-        if self._updates_meet and not self.executor.schedule.flush:
+        if self.updates_meet and not self.executor.schedule.flush:
             clip_by_whole_norm(parameters, limit, self.mpu)
         else:
             clip_grad_norm_(parameters, limit, mpu=self._norm_grid)
@@ -242,14 +250,15 @@ class ScheduledPipelineEngine(PipelineEngine):
         first, after = window * self.micro_batches, (window + 1) * self.micro_batches
         numbers = range(first + direction, after, placement.directions)
         losses = self.window_losses.take(numbers)
-        self._sum_losses(losses)
+        self.total_loss, self.total_additional_losses = summed(losses)
         aside = self._acting_as(self.num_stages - 1), self._without_broadcast()
         with torch.no_grad(), aside[0], aside[1], self._watch.guard("averaging the losses", None):
             loss = super()._aggregate_total_loss()
         additional = list((self.agg_additional_losses or {}).values())
         values = torch.stack([self.dp_group_loss, loss, *additional]).to("cpu", torch.float64)
         if not torch.isfinite(values).all():
-            self._name_broken(numbers, losses)
+            for number, value in broken(numbers, losses):
+                logger.warning(f"the loss of micro-batch {number} is {value} (stage {self.num_stages - 1})")
         self._reported[window, direction] = values
         for rank in range(self.num_stages):
             if rank != self.stage_id:
@@ -275,9 +284,6 @@ class ScheduledPipelineEngine(PipelineEngine):
             return (self._acting,)
         return (self.stage_id, *self.__dict__.get("guests", ()))
 
-    @property
-    def _updates_meet(self) -> bool:
-        return self.executor.schedule.flush or self.executor.schedule.together
 
     def _make_schedule(self) -> Schedule:
         meet = must_meet(self.module, self.gradient_clipping(), self.fp16_enabled())
@@ -295,21 +301,6 @@ class ScheduledPipelineEngine(PipelineEngine):
     def _make_transport(self, pairs: Iterable[tuple[int, int]]) -> Transport:
         ranks = [self.grid.stage_to_global(stage) for stage in range(self.num_stages)]
         return Transport(ranks, pairs, torch.device(self.device), self.settings.timeout_seconds)
-
-    def _build_replicas(self, schedule: Schedule) -> Exchange | None:
-        """Build this rank's guests, and what connects them with their homes."""
-        placement = schedule.placement
-        held = [stage for stage in placement.stages[self.stage_id] if len(placement.holders[stage]) > 1]
-        self.guests = {stage: build_guest(self, stage) for stage in held if stage != self.stage_id}
-        dtype, gradient = sum_dtype(self.optimizer), home_gradient(self.optimizer)
-        self.replicas = {
-            stage: Guest(self.guests[stage], dtype) if stage in self.guests else Home(self.module, dtype, gradient)
-            for stage in held
-        }
-        if not schedule.reduces:
-            return None
-        exchange = Exchange(placement, self.replicas, self._make_transport(links(placement)), self._watch)
-        return exchange
 
     def _copy_home(self) -> None:
         """Let the guests take the weights and buffers of their homes."""
@@ -331,35 +322,12 @@ class ScheduledPipelineEngine(PipelineEngine):
         worker = EngineWorker(self, schedule, self._feed, self._num_buffers(schedule))
         self.executor = Executor(scheduler, self.stage_id, worker, self._channels, self._watch, self._exchange)
         self.executor.restart(self.global_steps)
-        if self.global_rank == 0:
-            # Printed, as DeepSpeed prints the stages: its logger keeps silent below warnings.
-            print(f"{planned.to_text()}\n{self._clipping()}", flush=True)
-
-    def _clipping(self) -> str:
-        if self.gradient_clipping() <= 0:
-            return "gradient clipping: off"
-        scope = "the whole model, as in stock" if self._updates_meet else "each stage by its own norm"
-        return f"gradient clipping: {scope}, at {self.gradient_clipping()}"
+        announce(self, planned)
 
     def _pull(self) -> Any:
         if self.data_iterator is None:
             raise ValueError("there is no data: pass train_batch(data_iter=...), or training_data to initialize()")
         return super()._next_batch()
-
-    def _sum_losses(self, losses: Sequence[MicroBatchLoss]) -> None:
-        """Sum in the order of stock: micro-batch by micro-batch, from zero."""
-        self.total_loss = sum((loss for loss, _ in losses[1:]), start=losses[0][0])
-        first = losses[0][1]
-        if first is not None:
-            self.total_additional_losses = {
-                name: sum((extra[name] for _, extra in losses[1:] if extra), start=first[name]) for name in first
-            }
-
-    def _name_broken(self, numbers: range, losses: Sequence[MicroBatchLoss]) -> None:
-        """Say whose loss is not finite. Done only when the sum is not: on a GPU each look waits for the device."""
-        for number, (loss, _) in zip(numbers, losses, strict=True):
-            if not math.isfinite(float(loss)):
-                logger.warning(f"the loss of micro-batch {number} is {float(loss)} (stage {self.stage_id})")
 
     @contextmanager
     def _without_broadcast(self) -> Iterator[None]:

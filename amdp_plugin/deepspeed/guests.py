@@ -15,9 +15,22 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.keep_in_fp32 import keep_in_fp32_pattern
 from torch import Tensor, nn
 
-from ..runtime.replica import GradientOf, gradient_of
+from ..plan.placement import Placement
+from ..runtime.replica import GradientOf, Guest, Home, Replica, gradient_of
 from ..runtime.stage import Stage
 from .random_state import random_state, set_random_state
+
+
+def build_replicas(engine: Any, placement: Placement) -> tuple[dict[int, PipelineModule], dict[int, Replica]]:
+    """The guests that ``placement`` puts on the engine's rank, and its replicas (its home stage, if others hold it
+    too, and the guests); both by stage."""
+    home, dtype = engine.stage_id, sum_dtype(engine.optimizer)
+    held = [stage for stage in placement.stages[home] if len(placement.holders[stage]) > 1]
+    guests = {stage: build_guest(engine, stage) for stage in held if stage != home}
+    replicas: dict[int, Replica] = {stage: Guest(guest, dtype) for stage, guest in guests.items()}
+    if home in held:
+        replicas[home] = Home(engine.module, dtype, home_gradient(engine.optimizer))
+    return guests, replicas
 
 
 def build_guest(engine: Any, stage: int) -> PipelineModule:

@@ -1,7 +1,9 @@
-"""The losses of the windows that are under way on the last stage."""
+"""The losses of the windows that are under way on a last stage."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,3 +28,20 @@ class WindowLosses:
     def take(self, micro_batches: range) -> list[MicroBatchLoss]:
         """The losses of a window, in order; they are forgotten here."""
         return [self._losses.pop(micro_batch) for micro_batch in micro_batches]
+
+
+def summed(losses: Sequence[MicroBatchLoss]) -> MicroBatchLoss:
+    """Their sums, in the order of stock: micro-batch by micro-batch, from zero."""
+    first, additional = losses[0]
+    total = sum((loss for loss, _ in losses[1:]), start=first)
+    if additional is None:
+        return total, None
+    extras = [extra for _, extra in losses[1:] if extra is not None]
+    return total, {name: sum((extra[name] for extra in extras), start=value) for name, value in additional.items()}
+
+
+def broken(micro_batches: range, losses: Sequence[MicroBatchLoss]) -> Iterator[tuple[int, float]]:
+    """The micro-batches whose loss is not finite. Every look waits for the device, where that is a GPU."""
+    for number, (loss, _) in zip(micro_batches, losses, strict=True):
+        if not math.isfinite(float(loss)):
+            yield number, float(loss)

@@ -14,6 +14,8 @@ from amdp_plugin.plan.schedule import Schedule, backward_first, forward_first
 BIDIRECTIONAL = Placement(((0, 1, 2, 3), (3, 2, 1, 0)))
 ROUND = Placement(((0, 1, 2), (1, 2, 0)))
 """Any two ranks share one stage, so that three of them can wait in a circle and no two disagree."""
+ONE_HOME = Placement(((0, 0, 1), (1, 2, 0), (2, 1, 0)))
+"""Rank 0 is the home of two stages with the same guests, which finish them in different orders."""
 
 TIMES = st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 2.5])
 DELAYS = st.sampled_from([0.0, 0.1, 0.5])
@@ -40,6 +42,7 @@ def made(
     flush: bool = False,
     admitted: int = 2,
     update_delay: int = 0,
+    together: bool = False,
     priority=by_micro_batch,
     max_gap: int = 99,
 ) -> Schedule:
@@ -54,6 +57,7 @@ def made(
         max_gap=(0 if flush else max_gap,) * stages,
         priorities=(priority,),
         update_delay=update_delay,
+        together=together,
     )
 
 
@@ -69,7 +73,8 @@ def named(draw) -> Schedule:
 @st.composite
 def several_directions(draw) -> Schedule:
     """A schedule of several directions, whose replicas reduce and update."""
-    placement = draw(st.sampled_from([BIDIRECTIONAL, ROUND, shifted_pairs(4), shifted_pairs(6), shifted_pairs(8)]))
+    pairs = [shifted_pairs(depth) for depth in (4, 6, 8)]
+    placement = draw(st.sampled_from([BIDIRECTIONAL, ROUND, ONE_HOME, *pairs]))
     per_direction = draw(st.integers(1, 4))
     flush = draw(st.booleans())
     return made(
@@ -78,6 +83,7 @@ def several_directions(draw) -> Schedule:
         flush=flush,
         admitted=draw(st.integers(1, 4)),
         update_delay=0 if flush else draw(st.integers(0, per_direction)),
+        together=draw(st.booleans()),
         priority=draw(st.sampled_from([backward_first, forward_first, by_micro_batch])),
     )
 
@@ -90,6 +96,7 @@ def delayed(draw) -> Schedule:
         draw(st.integers(1, 5)),
         admitted=draw(st.integers(1, 6)),
         update_delay=draw(st.integers(1, 8)),
+        together=draw(st.booleans()),
     )
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amdp_plugin.plan import schedules
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.placement import Placement
 from amdp_plugin.plan.report import Report, report
 from amdp_plugin.plan.schedule import Priority
 from amdp_plugin.plan.scheduler import Scheduler
 from amdp_plugin.plan.schedules import make
-from amdp_plugin.plan.simulate import simulate
+from amdp_plugin.plan.simulate import simulate, steady_state
 from amdp_plugin.plan.verify import verify
 
 from .strategies import shifted_pairs
@@ -23,9 +25,9 @@ THRESHOLD = 4
 """Windows of ``THRESHOLD * num_stages`` micro-batches: the paper's best at 8 stages."""
 
 
-def figures(num_stages: int, ratio: float = 2.0, link: float = 0.0, name: str = "amdp") -> Report:
+def figures(num_stages: int, ratio: float = 2.0, link: float = 0.0, **options: str) -> Report:
     costs = CostModel.uniform(num_stages, backward_ratio=ratio, link_latency=link)
-    return report(Scheduler(make(name, num_stages, THRESHOLD * num_stages), costs), windows=1)
+    return report(Scheduler(make("amdp", num_stages, THRESHOLD * num_stages, **options), costs), windows=1)
 
 
 @pytest.mark.parametrize("num_stages", [2, 4, 6, 8, 10, 12, 16])
@@ -43,37 +45,95 @@ def test_placement_is_the_papers(num_stages: int) -> None:
         assert placement == shifted_pairs(num_stages)
 
 
-@pytest.mark.parametrize(("num_stages", "least"), [(4, 0.98), (6, 0.92), (8, 0.98), (10, 0.88), (12, 0.98)])
+@pytest.mark.parametrize(
+    ("num_stages", "least"), [(4, 0.98), (6, 0.92), (8, 0.98), (10, 0.88), (12, 0.98), (16, 0.98)]
+)
 def test_utilization(num_stages: int, least: float) -> None:
     found = figures(num_stages)
     assert found.utilization >= least
-    assert found.deadlock_free
-    assert found.max_version_gap == 1
-    assert max(found.mismatched_by_stage) <= num_stages + num_stages // 2  # N, and one preloaded a direction
-    assert max(found.peak_in_flight_by_rank) <= 1.5 * num_stages
-    assert found.weight_copies_by_rank == (num_stages // 2,) * num_stages
+    _check_what_amdp_promises(found)
 
 
-@pytest.mark.parametrize("num_stages", [4, 8, 12])
+@pytest.mark.parametrize("num_stages", [4, 8, 12, 16])
 def test_utilization_with_slow_links(num_stages: int) -> None:
-    assert figures(num_stages, link=0.1).utilization >= 0.95
+    found = figures(num_stages, link=0.1)
+    assert found.utilization >= 0.95
+    _check_what_amdp_promises(found)
 
 
-@pytest.mark.parametrize(
-    ("num_stages", "ratio", "link", "authors"),
-    [
-        (4, 2.0, 0.0, 0.918),
-        (8, 2.0, 0.0, 0.957),
-        (4, 2.0, 0.1, 0.884),
-        (8, 2.0, 0.1, 0.910),
-        (4, 1.5, 0.0, 0.947),
-        (8, 1.5, 0.0, 0.973),
-    ],
-)
-def test_at_least_as_good_as_the_orders_of_the_authors(
-    num_stages: int, ratio: float, link: float, authors: float
-) -> None:
-    assert figures(num_stages, ratio, link).utilization >= authors
+def _check_what_amdp_promises(found: Report) -> None:
+    directions, preload = found.stages // 2, found.options["preload"]
+    assert found.deadlock_free
+    assert found.directions == directions
+    assert found.max_version_gap == found.max_version_gap_stated == 1
+    assert max(found.mismatched_by_stage) <= found.stages + preload * directions
+    assert max(found.peak_in_flight_by_rank) <= found.stages + preload * directions <= 1.5 * found.stages
+    assert found.weight_copies_by_rank == (directions,) * found.stages
+
+
+AUTHORS = {(4, 2.0, 0.0): 0.918, (8, 2.0, 0.0): 0.957, (4, 2.0, 0.1): 0.884, (8, 2.0, 0.1): 0.910,
+           (4, 1.5, 0.0): 0.947, (8, 1.5, 0.0): 0.973}  # fmt: skip
+"""Utilization of the hand-made orders in the authors' code, by (stages, backward ratio, link cost)."""
+
+
+@pytest.mark.parametrize("num_stages", [4, 8])
+@pytest.mark.parametrize("ratio", [1.0, 1.5, 2.0, 2.5])
+@pytest.mark.parametrize("link", [0.0, 0.1])
+def test_at_least_as_good_as_the_orders_of_the_authors(num_stages: int, ratio: float, link: float) -> None:
+    """Where they published none, or none was measured: no worse than 0.95, with links 0.92."""
+    least = AUTHORS.get((num_stages, ratio, link), 0.92 if link else 0.95)
+    assert figures(num_stages, ratio, link).utilization >= least
+
+
+@pytest.mark.parametrize("num_stages", [4, 8])
+@pytest.mark.parametrize(("link", "least"), [(0.0, 0.97), (0.1, 0.93)])
+def test_utilization_of_updates_together(num_stages: int, link: float, least: float) -> None:
+    found = figures(num_stages, link=link, updates="together")
+    assert found.utilization >= least
+    _check_what_amdp_promises(found)
+
+
+@pytest.mark.parametrize("num_stages", [4, 6, 8])
+@pytest.mark.parametrize("link", [0.0, 0.1])
+def test_parked_gradients_keep_ranks_as_busy_as_independent_updates(num_stages: int, link: float) -> None:
+    """One backward of delay is enough: what more would bring is not worth a test's time."""
+    parked, independent = (figures(num_stages, link=link, updates=updates) for updates in ("parked", "independent"))
+    assert parked.utilization >= independent.utilization - 0.005
+    _check_what_amdp_promises(parked)
+
+
+def test_auto_updates_are_independent_in_the_plan() -> None:
+    assert make("amdp", 4, 16) == make("amdp", 4, 16, updates="independent")
+    assert make("amdp", 4, 16, updates="together") != make("amdp", 4, 16)
+    assert make("amdp", 4, 16).options["updates"] == "independent"
+
+
+@pytest.mark.parametrize(("directions", "most"), [(1, 4), (2, 2), (4, 1)])
+def test_preload_is_the_least_that_is_nearly_as_fast_as_any(directions: int, most: int) -> None:
+    """Within 1.5 * num_stages in flight, whatever the directions."""
+    schedule = make("amdp", 8, 32, directions=directions)
+    candidates = [*schedule.alternatives, schedule]
+    assert [each.options["preload"] for each in candidates] == list(range(most + 1))
+    for link in (0.0, 0.3):
+        costs = CostModel.uniform(8, link_latency=link)
+        paces = [steady_state(Scheduler(replace(each, alternatives=()), costs))[1] for each in candidates]
+        chosen = Scheduler(schedule, costs).schedule
+        assert chosen.alternatives == ()
+        preload = chosen.options["preload"]
+        assert paces[preload] <= 1.02 * min(paces)
+        assert all(pace > 1.005 * min(paces) for pace in paces[:preload])
+        assert all(mine <= bound for mine, bound in zip(chosen.in_flight, schedule.in_flight, strict=True))
+        assert all(mine <= bound for mine, bound in zip(chosen.max_gap, schedule.max_gap, strict=True))
+
+
+def test_a_preload_that_was_asked_for_is_kept() -> None:
+    assert schedules.read_option("amdp", "preload", "2") == 2
+    with pytest.raises(ValueError, match="option preload of schedule 'amdp' is a whole number, got 'two'"):
+        schedules.read_option("amdp", "preload", "two")
+    found = report(Scheduler(make("amdp", 4, 16, preload=2)), windows=1)
+    assert found.options["preload"] == 2
+    assert "preload = 2" in found.to_text()
+    assert "preload = 1" in report(Scheduler(make("amdp", 4, 16)), windows=1).to_text()
 
 
 def test_a_heavy_last_stage_costs_less_than_in_one_direction() -> None:
@@ -92,7 +152,11 @@ def test_programs_obey_the_laws(data: st.DataObject) -> None:
     num_stages = 2 * data.draw(st.integers(1, 4))
     allowed = [count for count in range(1, num_stages // 2 + 1) if num_stages % count == 0]
     directions = data.draw(st.sampled_from(allowed)) if name == "amdp" else 2
-    options = {"directions": directions, "preload": data.draw(st.integers(0, 2))} if name == "amdp" else {}
+    options: dict[str, Any] = {}
+    if name == "amdp":
+        preload = data.draw(st.sampled_from([None, 0, 1, 2]))
+        updates = data.draw(st.sampled_from(["auto", "independent", "together", "parked"]))
+        options = {"directions": directions, "preload": preload, "updates": updates}
     schedule = make(name, num_stages, directions * data.draw(st.integers(1, 6)), **options)
     seconds = st.floats(0.5, 3.0)
     costs = CostModel(
@@ -106,7 +170,7 @@ def test_programs_obey_the_laws(data: st.DataObject) -> None:
 
 def test_the_fastest_of_the_orders_is_taken() -> None:
     """No single order is as fast as the one that the scheduler chose, but that one itself."""
-    schedule = make("amdp", 8, 32)
+    schedule = make("amdp", 8, 32, preload=1)
     costs = CostModel.uniform(8, link_latency=0.1)
 
     def window(priorities: tuple[Priority, ...]) -> float:
@@ -134,10 +198,11 @@ def test_chimera_halves_the_bubble() -> None:
         ("amdp", 8, 32, {"directions": 3}, "8 stages can run in 1, 2, 4 directions, got 3"),
         ("amdp", 8, 32, {"directions": 8}, "8 stages can run in 1, 2, 4 directions, got 8"),
         ("amdp", 8, 32, {"preload": -1}, "preload cannot be negative, got -1"),
+        ("amdp", 8, 32, {"updates": "never"}, "updates are auto, independent, together, parked; got 'never'"),
         ("chimera", 3, 4, {}, "two mirrored directions need an even number of stages, got 3"),
         ("chimera", 4, 3, {}, "3 micro-batches do not divide over 2 directions; use 2 or 4"),
     ],
 )
-def test_what_makes_no_schedule(name: str, stages: int, size: int, options: dict[str, int], message: str) -> None:
+def test_what_makes_no_schedule(name: str, stages: int, size: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(name, stages, size, **options)
