@@ -12,7 +12,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from deepspeed.pipe import PipelineModule
+from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor
 
 import amdp_plugin
@@ -69,15 +69,15 @@ def test_monitor_gets_what_stock_writes_and_the_pipeline_s_own(tmp_path: Path) -
     assert all(0.0 <= value <= 1.0 for _, value in ours["Train_Pipeline_waiting_share"])
 
 
-@pytest.mark.parametrize("name", ["paci", "1f1b"])
-def test_wall_clock_breakdown(name: str) -> None:
-    job = Job(name, 2, 2)
+@pytest.mark.parametrize("job", [Job("paci"), Job("1f1b"), Job("amdp", 4, 4)], ids=lambda job: job.schedule)
+def test_wall_clock_breakdown(job: Job) -> None:
     timed = replace(job, config={"wall_clock_breakdown": True, "steps_per_print": 1})
     assert_same(run(timed), run(job))
 
 
-def test_loss_is_the_same_on_every_rank() -> None:
-    found = run(Job("paci", 4, 2))
+@pytest.mark.parametrize("job", [Job("paci", 4, 2), Job("amdp", 4, 4)], ids=lambda job: job.schedule)
+def test_loss_is_the_same_on_every_rank(job: Job) -> None:
+    found = run(job)
     assert all(result["losses"] == found[0]["losses"] for result in found)
     assert len(set(found[0]["losses"])) > 1
 
@@ -104,17 +104,22 @@ def train_on_a_dataset(rank: int, job: Job, micro_batches: int) -> dict[str, Any
     return finish(engine, train(engine, None, job.windows))
 
 
-def test_training_data_given_to_initialize() -> None:
+@pytest.mark.parametrize(("name", "stages"), [("paci", 3), ("amdp", 4)])
+def test_training_data_given_to_initialize(name: str, stages: int) -> None:
     """It repeats for ever, as in DeepSpeed."""
-    job = Job("paci", 3, 2, kind="exact", windows=6)  # no dropout: the loader draws from the same random numbers
-    found = run_ranks(3, train_on_a_dataset, job, 8)
+    # No dropout: the loader draws from the same random numbers.
+    job = Job(name, stages, 2, kind="exact", windows=6)
+    found = run_ranks(stages, train_on_a_dataset, job, 8)
     pipeline = make_oracle(job)
     losses = pipeline.train(itertools.cycle(list(data(count=8))), job.windows)
     for stage, result in enumerate(found):
         assert result["losses"] == losses
         assert_same_weights(result["weights"][stage], pipeline.stages[stage].state_dict(), f"stage {stage}")
-    flushed = replace(job, schedule="1f1b")
-    assert_same(run_ranks(3, train_on_a_dataset, flushed, 8), run_ranks(3, train_on_a_dataset, flushed.stock, 8))
+
+
+def test_training_data_is_read_as_in_stock() -> None:
+    job = Job("1f1b", 3, 2, kind="exact", windows=6)
+    assert_same(run_ranks(3, train_on_a_dataset, job, 8), run_ranks(3, train_on_a_dataset, job.stock, 8))
 
 
 def train_without_data(rank: int, job: Job) -> None:
@@ -137,11 +142,13 @@ def train_with_other_window(rank: int, job: Job, size: int) -> dict[str, Any]:
     return finish(engine, losses + train(engine, batches, 3))
 
 
-@pytest.mark.parametrize(("size", "other"), [(2, 4), (4, 1)])
-def test_window_that_changes_its_size(size: int, other: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "stages", "size", "other"), [("paci", 3, 2, 4), ("paci", 3, 4, 1), ("amdp", 4, 4, 8), ("amdp", 4, 8, 2)]
+)
+def test_window_that_changes_its_size(name: str, stages: int, size: int, other: int) -> None:
     """No micro-batch is lost or used twice."""
-    job = Job("paci", 3, size)
-    found = run_ranks(3, train_with_other_window, job, other)
+    job = Job(name, stages, size)
+    found = run_ranks(stages, train_with_other_window, job, other)
     pipeline, batches = make_oracle(job), data()
     losses = pipeline.train(batches, 3)
     pipeline.schedule = make_oracle(replace(job, size=other)).schedule
@@ -150,9 +157,11 @@ def test_window_that_changes_its_size(size: int, other: int) -> None:
         assert result["losses"] == losses
         for stage, weights in result["weights"].items():
             assert_same_weights(weights, pipeline.stages[stage].state_dict(), f"stage {stage}")
-    flushed = replace(job, schedule="1f1b")
-    ours = run_ranks(3, train_with_other_window, flushed, other)
-    assert_same(ours, run_ranks(3, train_with_other_window, flushed.stock, other))
+
+
+def test_window_that_changes_its_size_as_in_stock() -> None:
+    job = Job("1f1b", 3, 2)
+    assert_same(run_ranks(3, train_with_other_window, job, 4), run_ranks(3, train_with_other_window, job.stock, 4))
 
 
 # Shapes
@@ -171,9 +180,10 @@ def train_on_ragged(rank: int, job: Job) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["plain", "masked"])
-def test_dynamic_shapes(kind: str) -> None:
-    job = Job("paci", 3, 2, kind=kind, module={"dynamic_shape": True})
-    found = run_ranks(3, train_on_ragged, job)
+@pytest.mark.parametrize(("name", "stages", "size"), [("paci", 3, 2), ("amdp", 4, 4)])
+def test_dynamic_shapes(name: str, stages: int, size: int, kind: str) -> None:
+    job = Job(name, stages, size, kind=kind, module={"dynamic_shape": True})
+    found = run_ranks(stages, train_on_ragged, job)
     pipeline = make_oracle(job)
     losses = pipeline.train(ragged(), job.windows)
     assert_equals_oracle(found, pipeline, losses)
@@ -237,6 +247,26 @@ def test_additional_losses() -> None:
     assert expected[0][1] == {"offset": 3.5, "square": 12.5}
     assert run_ranks(3, train_reporting, job) == expected
     assert run_ranks(3, train_reporting, replace(job, schedule="paci")) == expected
+    job = Job("amdp", 4, 4)
+    found, expected = run_ranks(4, train_reporting, job), run_ranks(4, train_reporting, job.stock)
+    assert found == expected
+
+
+def train_wide(rank: int, job: Job) -> None:
+    deepspeed.init_distributed("gloo")
+    layers = [LayerSpec(torch.nn.Linear, 1024, 1024, bias=False) for _ in range(4)]
+    module = PipelineModule(layers, num_stages=4, loss_fn=loss, partition_method="uniform")
+    optimizer = OPTIMIZERS["sgd"](list(module.parameters()))
+    amdp_plugin.initialize(model=module, config=configuration(job), optimizer=optimizer)
+
+
+def test_memory_in_numbers(capfd: pytest.CaptureFixture[str]) -> None:
+    """4 MiB a stage: two weights, two sums of gradients, a buffer to receive into and one to send from."""
+    run_ranks(4, train_wide, Job("amdp", 4, 4))
+    told = capfd.readouterr().out
+    assert "weights        8.0 (4.0)  8.0 (4.0)  8.0 (4.0)  8.0 (4.0)" in told
+    assert "gradients      8.0 (4.0)  8.0 (4.0)  8.0 (4.0)  8.0 (4.0)" in told
+    assert "exchange       8.0  8.0  8.0  8.0" in told
 
 
 def test_one_stage() -> None:
@@ -261,7 +291,9 @@ def train_with_a_broken_label(rank: int, job: Job, broken: int) -> list[str]:
     return [message for message in warned if "the loss of micro-batch" in message]
 
 
-def test_a_broken_loss_names_its_micro_batch_and_stage() -> None:
-    first, last = run_ranks(2, train_with_a_broken_label, Job("paci", 2, 2), 4)
-    assert first == []
-    assert last[0] == "the loss of micro-batch 4 is nan (stage 1)"
+@pytest.mark.parametrize(("job", "stage"), [(Job("paci"), 1), (Job("amdp", 4, 4), 3)], ids=["paci", "amdp"])
+def test_a_broken_loss_names_its_micro_batch_and_stage(job: Job, stage: int) -> None:
+    """Number 4 is of the first direction, whose last stage is on the last rank."""
+    *others, last = run_ranks(job.stages, train_with_a_broken_label, job, 4)
+    assert last[0] == f"the loss of micro-batch 4 is nan (stage {stage})"
+    assert all("micro-batch 4 " not in message for messages in others for message in messages)

@@ -68,25 +68,34 @@ def check(job: Job, culprit: int, deed: str) -> list[str]:
     return messages
 
 
-def job_of(name: str, stages: int, **more: Any) -> Job:
-    return Job({"name": name, "timeout_seconds": TIMEOUT}, stages, 2, **more)
+def job_of(name: str, stages: int, size: int = 2, **more: Any) -> Job:
+    return Job({"name": name, "timeout_seconds": TIMEOUT}, stages, size, **more)
 
 
-@pytest.mark.parametrize(("name", "culprit"), [("paci", 0), ("paci", 1), ("paci", 2), ("paci", 3), ("1f1b", 1)])
+@pytest.mark.parametrize(
+    ("name", "culprit"), [("paci", 0), ("paci", 1), ("paci", 2), ("paci", 3), ("1f1b", 1), ("amdp", 0), ("amdp", 2)]
+)
 def test_killed_peer(name: str, culprit: int) -> None:
     """Its neighbours name it; whoever waits for them names them."""
     messages = check(job_of(name, 4), culprit, "vanish")
     assert all(re.search(r"with rank \d+ (failed|did not complete)", message) for message in messages)
     assert any(f"with rank {culprit} failed: the peer is gone" in message for message in messages)
-    assert all(re.search(r"stage \d+, at \d+[FBU]\d+", message) for message in messages), messages
+    assert all(re.search(r"stage \d+, at \d+[FBRU]\d+", message) for message in messages), messages
 
 
 @pytest.mark.parametrize(("culprit", "deed"), [(0, "freeze"), (1, "freeze"), (2, "freeze"), (1, "stay away")])
-def test_stuck_peer(culprit: int, deed: str) -> None:
-    messages = check(job_of("paci", 3), culprit, deed)
+@pytest.mark.parametrize("job", [job_of("paci", 3), job_of("amdp", 4, 4)], ids=["paci", "amdp"])
+def test_stuck_peer(job: Job, culprit: int, deed: str) -> None:
+    messages = check(job, culprit, deed)
     assert any(f"with rank {culprit} did not complete within {TIMEOUT:g} s" in message for message in messages), (
         messages
     )
+
+
+@pytest.mark.parametrize("culprit", [0, 1, 3])
+def test_killed_peer_of_a_meeting(culprit: int) -> None:
+    """Every update waits for all ranks."""
+    check(job_of("amdp", 4, 4, config={"gradient_clipping": 0.05}), culprit, "vanish")
 
 
 @pytest.mark.parametrize("culprit", [0, 1, 2, 3])
