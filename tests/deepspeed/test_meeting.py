@@ -14,6 +14,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
 import amdp_plugin
+from amdp_plugin.deepspeed import engine as engine_module
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.serial import SerialPipeline
 from tests.processes import run_ranks
@@ -50,14 +51,17 @@ class Last(nn.Module):
         return head(self.words, self.middle(x))
 
 
-def middles(stages: int) -> list[nn.Module]:
+def middles(stages: int) -> list[Plain]:
     torch.manual_seed(5)
     return [Plain() for _ in range(stages)]
 
 
-def train_tied(rank: int, job: Job) -> dict[str, Any]:
+def train_tied(rank: int, job: Job, dropout: bool = True) -> dict[str, Any]:
     deepspeed.init_distributed("gloo")
-    layers = [TiedLayerSpec("words", Words), *middles(job.stages), TiedLayerSpec("words", Words, forward_fn=head)]
+    inner = middles(job.stages)
+    for layer in inner:
+        layer.dropout.p = 0.2 if dropout else 0.0
+    layers = [TiedLayerSpec("words", Words), *inner, TiedLayerSpec("words", Words, forward_fn=head)]
     module = PipelineModule(layers, num_stages=job.stages, loss_fn=loss, partition_method="type:Plain")
     assert module.parts == [0, *range(2, job.stages + 1), job.stages + 2]
     optimizer = OPTIMIZERS[str(job.optimizer)](list(module.parameters()))
@@ -104,6 +108,34 @@ def test_tied_layers_in_several_directions(stages: int, size: int, optimizer: st
             else:
                 rest = expected
             assert all(torch.equal(a, b) for a, b in zip(named.values(), rest.state_dict().values(), strict=True))
+
+
+def norm_at_clipping(rank: int, job: Job) -> float:
+    """The norm by which this rank clips in the first window, from what it does to one gradient."""
+    found: list[float] = []
+    clip = engine_module.clip_by_whole_norm
+
+    def watched(parameters: list[nn.Parameter], limit: float, grid: Any) -> None:
+        before = parameters[0].grad.clone()
+        clip(parameters, limit, grid)
+        found.append(limit * float(before.norm() / parameters[0].grad.norm()))
+
+    engine_module.clip_by_whole_norm = watched
+    train_tied(rank, job, dropout=False)
+    return found[0]
+
+
+def test_tied_weights_count_once_in_the_norm() -> None:
+    job = Job("amdp", 4, 4, config={"gradient_clipping": 0.01}, windows=1)
+    found = run_ranks(4, norm_at_clipping, job)
+    inner, words = [layer.eval() for layer in middles(4)], Words()
+    model = nn.Sequential(words, *inner)
+    batches = data()
+    for _ in range(4):
+        x, label = next(batches)
+        (loss(head(words, model(x)), label) / 4).backward()
+    norm = float(torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm())
+    assert found == pytest.approx([norm] * 4, rel=1e-4)
 
 
 def test_tied_layers_under_1f1b_are_stock() -> None:

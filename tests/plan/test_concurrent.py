@@ -80,8 +80,8 @@ AUTHORS = {(4, 2.0, 0.0): 0.918, (8, 2.0, 0.0): 0.957, (4, 2.0, 0.1): 0.884, (8,
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 2.0, 2.5])
 @pytest.mark.parametrize("link", [0.0, 0.1])
 def test_at_least_as_good_as_the_orders_of_the_authors(num_stages: int, ratio: float, link: float) -> None:
-    """Where they published none, or none was measured: no worse than 0.95, with links 0.92."""
-    least = AUTHORS.get((num_stages, ratio, link), 0.92 if link else 0.95)
+    """Where there is no figure of theirs: at least 0.95, with links 0.93."""
+    least = AUTHORS.get((num_stages, ratio, link), 0.93 if link else 0.95)
     assert figures(num_stages, ratio, link).utilization >= least
 
 
