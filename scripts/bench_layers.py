@@ -59,6 +59,13 @@ class MatmulLayer(nn.Module):
         return result
 
 
+class MatmulLayers(nn.Sequential):
+    """``count`` of them in a row."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(*(MatmulLayer() for _ in range(count)))
+
+
 def layers_for(forward_seconds: float) -> int:
     """How many :class:`MatmulLayer` have a forward of about ``forward_seconds`` on one thread of this machine."""
     layer, x = MatmulLayer(), torch.randn(BATCH, HIDDEN)

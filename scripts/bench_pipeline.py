@@ -26,7 +26,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from bench_layers import BATCH, HIDDEN, TINY, MatmulLayer, SleepLayer, layers_for, mean_square
+from bench_layers import BATCH, HIDDEN, TINY, MatmulLayers, SleepLayer, layers_for, mean_square
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
@@ -53,6 +53,9 @@ def parse_arguments() -> argparse.Namespace:
         "--backward-ratio", type=float, default=2.0, help="with sleep: time of a backward, in forwards (%(default)s)"
     )
     parser.add_argument(
+        "--last-stage", type=float, default=1.0, metavar="FACTOR", help="weight of the last stage (%(default)s)"
+    )
+    parser.add_argument(
         "--engines",
         nargs="+",
         default=[STOCK, "1f1b", "paci"],
@@ -65,17 +68,18 @@ def parse_arguments() -> argparse.Namespace:
     for name, least in (("stages", 2), ("micro_batches", 1), ("steps", 6), ("repetitions", 1)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} is at least {least}, got {getattr(arguments, name)}")
-    if min(arguments.forward_milliseconds, arguments.backward_ratio) <= 0:
-        parser.error("--forward-milliseconds and --backward-ratio are above 0")
+    if min(arguments.forward_milliseconds, arguments.backward_ratio, arguments.last_stage) <= 0:
+        parser.error("--forward-milliseconds, --backward-ratio and --last-stage are above 0")
     return arguments
 
 
 def layer_specs(arguments: argparse.Namespace, layers_per_stage: int) -> list[LayerSpec]:
-    """The model: equal stages."""
+    """One a stage; all of equal weight, but for the last."""
+    factors = [1.0] * (arguments.stages - 1) + [arguments.last_stage]
     if arguments.compute == "real":
-        return [LayerSpec(MatmulLayer) for _ in range(arguments.stages * layers_per_stage)]
-    forward = arguments.forward_milliseconds / 1e3
-    return [LayerSpec(SleepLayer, forward, forward * arguments.backward_ratio) for _ in range(arguments.stages)]
+        return [LayerSpec(MatmulLayers, round(layers_per_stage * factor)) for factor in factors]
+    seconds = [arguments.forward_milliseconds / 1e3 * factor for factor in factors]
+    return [LayerSpec(SleepLayer, forward, forward * arguments.backward_ratio) for forward in seconds]
 
 
 def make_engine(name: str, arguments: argparse.Namespace, layers_per_stage: int) -> Any:
@@ -88,7 +92,8 @@ def make_engine(name: str, arguments: argparse.Namespace, layers_per_stage: int)
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-4}},
     }
     if name != STOCK:
-        config["pipeline"] = {"schedule": name}
+        weights = [1.0] * (arguments.stages - 1) + [arguments.last_stage]
+        config["pipeline"] = {"schedule": {"name": name, "stage_costs": weights}}
     model = PipelineModule(
         layer_specs(arguments, layers_per_stage),
         num_stages=arguments.stages,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ..plan import schedules
+from ..plan.costs import CostModel
 from ..plan.schedule import Schedule
 from ..runtime.watch import DEFAULT_TIMEOUT_SECONDS
 
@@ -27,6 +29,21 @@ class ScheduleSettings(BaseModel):
     timeout_seconds: float = Field(
         DEFAULT_TIMEOUT_SECONDS, gt=0, description="the longest that one message or collective of the pipeline may take"
     )
+    backward_ratio: float = Field(2.0, gt=0, lt=inf, description="time of a backward, in forwards of its stage")
+    link_cost: float = Field(0.0, ge=0, lt=inf, description="time of a message between ranks, in forwards of 1")
+    stage_costs: list[float] | None = Field(None, description="time of every stage's forward, where they differ")
+
+    def costs(self, num_stages: int) -> CostModel:
+        """What the program is made for. Only the ratios matter.
+
+        Raises:
+            ValueError: when ``stage_costs`` are of another number of stages, or no times.
+        """
+        forward = tuple(self.stage_costs or (1.0,) * num_stages)
+        if len(forward) != num_stages:
+            raise ValueError(f"stage_costs needs one entry for each of {num_stages} stages, got {len(forward)}")
+        backward = tuple(cost * self.backward_ratio for cost in forward)
+        return CostModel(forward, backward, (0.0,) * num_stages, link_latency=self.link_cost)
 
     def make(self, num_stages: int, micro_batches: int, meet: bool = False) -> Schedule:
         """The schedule for a pipeline of ``num_stages`` and ``gradient_accumulation_steps`` of ``micro_batches``.

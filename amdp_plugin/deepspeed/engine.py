@@ -310,7 +310,7 @@ class ScheduledPipelineEngine(PipelineEngine):
 
     def _build_executor(self, schedule: Schedule) -> None:
         """Plan, prove, announce and wire up the program for the present window size."""
-        scheduler = Scheduler(schedule)
+        scheduler = Scheduler(schedule, self.settings.costs(self.num_stages))
         schedule = scheduler.schedule
         planned = report(scheduler, windows=1)
         if self._channels is not None:

@@ -79,6 +79,7 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
     meet = must_meet(model, clipping, fp16)
     size = max(1, config.get("gradient_accumulation_steps") or 1)
     schedule = settings.make(grid.pipe_parallel_size, size, meet)
+    settings.costs(schedule.num_stages)  # refuses what is wrong with them
     if schedule.update_delay:
         refuse('the engine applies every gradient before it sums the next window\'s; use "updates": "together"')
     if any(schedule.placement.home(stage) != stage for stage in range(schedule.num_stages)):

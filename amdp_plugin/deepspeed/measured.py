@@ -83,7 +83,7 @@ class Run:
     def seconds_per_step(self) -> float:
         """Seconds between the ends of two successive steps, of the slowest rank: median over all stretches of steps
         after which the schedule repeats. The steps of one stretch may differ: AMDP's do, by a factor of 2 and more."""
-        first, last = Scheduler(self.schedule()).steady_windows()
+        first, last = self._scheduler().steady_windows()
         return max(_pace(intervals, last - first) for intervals in self.intervals)
 
     @property
@@ -179,7 +179,11 @@ class Run:
 
     def predicted_seconds(self, costs: CostModel) -> float:
         """Seconds of a step of this run's schedule, in the steady state, if actions cost ``costs``."""
-        return steady_state(Scheduler(self.schedule()), costs)[1]
+        return steady_state(self._scheduler(), costs)[1]
+
+    def _scheduler(self) -> Scheduler:
+        """Generates the program that was run."""
+        return Scheduler(self.schedule(), self.first.planned_costs)
 
 
 def _warm_intervals(steps: Sequence[Step]) -> list[Interval]:

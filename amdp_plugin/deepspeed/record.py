@@ -98,6 +98,7 @@ class Recorder:
             wait_seconds=totals.wait,
             peak_in_flight=executor.peak_in_flight,
             largest_gap=executor.largest_gap if ours else 0,
+            planned_costs=executor.scheduler.costs if ours else None,
             memory=replace(Memory.largest(kept), peak=peak_bytes(self._engine.device)) if kept else None,
         )
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..plan.costs import CostModel
 from ..runtime.timeline import Event
 
 STOCK = "stock"
@@ -103,6 +104,7 @@ class RankRecord:
         peak_in_flight: the most micro-batches that were forwarded and not yet backwarded.
         largest_gap: the largest (version at backward) - (version at forward).
         memory: what it kept in memory; ``None`` where that was not measured.
+        planned_costs: what the program was made for; by default equal stages, backwards of two forwards.
     """
 
     rank: int
@@ -120,6 +122,7 @@ class RankRecord:
     peak_in_flight: int
     largest_gap: int
     memory: Memory | None = None
+    planned_costs: CostModel | None = None
 
     def write(self, directory: Path) -> None:
         """Write ``rank<rank>.json``: the whole file or, when killed at it, the one before."""
@@ -137,7 +140,13 @@ class RankRecord:
         values["evaluations"] = [Evaluation(**evaluation) for evaluation in values["evaluations"]]
         values["events"] = [Event(*event) for event in values["events"]]
         values["memory"] = Memory(**values["memory"]) if values.get("memory") else None
+        costs = values.get("planned_costs")
+        values["planned_costs"] = costs and CostModel(**{key: _tuple(value) for key, value in costs.items()})
         return cls(**values)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_records(directory: Path) -> list[RankRecord]:

@@ -2,7 +2,8 @@
 
 The notation is that of ``torch.distributed.pipelining``: ``2F5`` is the forward of micro-batch 5 on
 stage 2 and ``2B5`` its backward. Two kinds are ours: ``2R3`` reduces the gradients of window 3 of
-stage 2 to their owner, and ``2U3`` is update number 3 of stage 2.
+stage 2, which a guest sends and the stage's home adds up, and ``2U3`` is update number 3 of stage 2,
+which the home computes and sends, and a guest takes over.
 """
 
 from __future__ import annotations

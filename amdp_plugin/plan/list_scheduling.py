@@ -15,6 +15,10 @@ from .schedule import Priority, Schedule
 
 Window = tuple[Row, ...]
 Message = tuple[int, int]
+"""(nanosecond of its arrival, window in which its sender sent it: the receiver uses it in no earlier one)"""
+
+WAITING = 1 << 62
+"""When a rank falls free that waits in a meeting."""
 
 
 class Holding:
@@ -22,10 +26,11 @@ class Holding:
 
     def __init__(self, schedule: Schedule, rank: int, stage: int) -> None:
         self.rank, self.stage = rank, stage
+        self.home, *self.guests = schedule.placement.holders[stage]
         self.per_window = schedule.backwards_per_window(rank, stage)
         self.delay = schedule.update_delay
         self.late = schedule.windows_late(rank, stage)
-        self.backwards = self.updates = 0
+        self.backwards = self.reductions = self.updates = 0
 
     @property
     def may_backward(self) -> bool:
@@ -33,23 +38,31 @@ class Holding:
         return self.backwards < (self.updates + 1) * self.per_window + self.delay
 
     @property
-    def due(self) -> int | None:
-        """The window whose update became due with the latest backward."""
-        window, rest = divmod(self.backwards - self.delay, self.per_window)
-        return window - 1 if rest == 0 and window > 0 else None
+    def completed(self) -> int:
+        """Windows of which it has run all backwards."""
+        return self.backwards // self.per_window
 
-    def state(self, window: int) -> tuple[int, int]:
-        return self.backwards - window * self.per_window, self.updates - window
+    @property
+    def next(self) -> Action:
+        """The reduction or update that is next."""
+        kind = REDUCE if self.guests and self.reductions == self.updates else UPDATE
+        return Action(self.stage, kind, self.updates)
+
+    @property
+    def gathered(self) -> int:
+        """On a home, windows whose whole gradient it has."""
+        return self.reductions if self.guests else self.completed
+
+    def state(self, window: int) -> tuple[int, ...]:
+        reductions = self.reductions - window if self.guests else 0
+        return self.backwards - window * self.per_window, reductions, self.updates - window
 
 
 class Lane:
-    """One direction's stage on its rank: its micro-batches so far, and the messages that wait or are under way.
+    """One direction's stage on its rank: its micro-batches so far, and the messages that wait or are under way."""
 
-    A message is (nanosecond of its arrival, window in which its sender sent it).
-    """
-
-    def __init__(self, direction: int, holding: Holding) -> None:
-        self.direction, self.holding = direction, holding
+    def __init__(self, direction: int, holding: Holding, in_flight: int) -> None:
+        self.direction, self.holding, self.stage, self.in_flight = direction, holding, holding.stage, in_flight
         self.forwards = self.backwards = 0
         self.freed_at = 0
         """On a first stage, when its latest backward made room for a forward (nanoseconds)."""
@@ -73,6 +86,7 @@ class Simulation:
 
     def __init__(self, schedule: Schedule, costs: CostModel, priority: Priority) -> None:
         self.schedule, self.link, self.priority = schedule, costs.link_ticks(), priority
+        self.directions = schedule.placement.directions
         self.mean_forward = ticks(sum(costs.forward) / costs.num_stages)
         stages, ranks = range(schedule.num_stages), range(schedule.num_ranks)
         self.ticks = {
@@ -83,7 +97,7 @@ class Simulation:
             {stage: Holding(schedule, rank, stage) for stage in schedule.placement.stages[rank]} for rank in ranks
         ]
         self.lanes = [
-            [Lane(direction, self.holdings[rank][stage]) for stage, rank in enumerate(row)]
+            [Lane(direction, self.holdings[rank][stage], schedule.in_flight[stage]) for stage, rank in enumerate(row)]
             for direction, row in enumerate(schedule.placement.ranks)
         ]
         self.lanes_of = [[lane for row in self.lanes for lane in row if lane.holding.rank == rank] for rank in ranks]
@@ -91,9 +105,18 @@ class Simulation:
         self.window_ends: list[deque[int]] = [deque() for _ in ranks]
         self.closed = [0 for _ in ranks]
         self.free_at = [0 for _ in ranks]
-        self.queues: list[deque[Action]] = [deque() for _ in ranks]
-        self.opened: dict[tuple[int, Action], int] = {}
-        self.arrived: dict[Action, list[int]] = {}
+        self.unfinished: list[list[Holding]] = [[] for _ in ranks]
+        """For every rank, what has all backwards of a window and not yet its update, in the order of that."""
+        self.mail: list[dict[int, deque[tuple[Action, Message]]]] = [{} for _ in ranks]
+        """For every rank, by sender, the reductions and updates that wait or are under way, in the order of sending."""
+        self.at_home = [self.holdings[holders[0]][stage] for stage, holders in enumerate(schedule.placement.holders)]
+        self.homes = {holding.rank for holding in self.at_home}
+        self.entered: list[tuple[int, Action]] = []
+        self.meetings = 0
+        self.meeting_at: int | None = None
+        """When the last rank can enter the next meeting, once nothing but messages is missing to it."""
+        self.worked = 0
+        """Nanoseconds of work that were started, of all ranks together."""
         self.events = [(0, rank) for rank in ranks]
         self.now = self.last_rank = 0
 
@@ -119,7 +142,7 @@ class Simulation:
     def state(self, window: int) -> object:
         """Everything that the future depends on, with time and micro-batches counted from now."""
         now, micro_batches = self.now, self.schedule.micro_batches
-        done = window * micro_batches // self.schedule.placement.directions
+        done = window * micro_batches // self.directions
         return (
             self.last_rank,
             tuple(max(0, time - now) for time in self.free_at),
@@ -127,70 +150,132 @@ class Simulation:
             tuple(lane.state(window, done, now) for row in self.lanes for lane in row),
             tuple(holding.state(window) for holdings in self.holdings for holding in holdings.values()),
             tuple(tuple(action.shifted(-window, micro_batches) for action in row) for row in self.rows),
-            tuple(tuple(action.shifted(-window, micro_batches) for action in queue) for queue in self.queues),
-            frozenset(
-                (rank, action.shifted(-window, micro_batches), max(0, time - now))
-                for (rank, action), time in self.opened.items()
-            ),
-            frozenset(
-                (action.shifted(-window, micro_batches), len(times), max(0, max(times) - now))
-                for action, times in self.arrived.items()
-            ),
+            tuple(tuple(holding.stage for holding in holdings) for holdings in self.unfinished),
+            tuple(self._mail_state(boxes, window) for boxes in self.mail),
+            tuple((rank, action.shifted(-window, micro_batches)) for rank, action in self.entered),
+            self.schedule.together and self.meetings - window,
+            self.meeting_at and max(0, self.meeting_at - now),
+        )
+
+    def _mail_state(self, boxes: dict[int, deque[tuple[Action, Message]]], window: int) -> object:
+        return frozenset(
+            (sender, place, action.shifted(-window, 1), max(0, time - self.now), sent - window)
+            for sender, box in boxes.items()
+            for place, (action, (time, sent)) in enumerate(box)
         )
 
     def _choose(self, rank: int) -> Action | None:
-        """What ``rank`` starts now: an update or reduction that is due, else what the schedule prefers."""
-        due = min(self.queues[rank], key=lambda action: action.index, default=None)
-        if due is not None and self._may_enter(rank, due):
+        """What ``rank`` starts now: a reduction or update that is due, else what the schedule prefers.
+
+        Before a meeting, a rank starts what ends by the time the last one can enter, so that nobody waits for it.
+        """
+        due = self._due(rank) if self.unfinished[rank] else None
+        if due is not None and not self._opens_meeting(rank, due):
             return due
         ready = [entry for lane in self.lanes_of[rank] for entry in self._ready(lane)]
+        if self.meeting_at is not None and rank in self.homes:
+            ready = [entry for entry in ready if self.now + self._ticks(entry[0]) <= self.meeting_at]
         if len(ready) < 2:
-            return ready[0][0] if ready else None
+            return ready[0][0] if ready else due
         return min(ready, key=lambda entry: self.priority(entry[0], entry[1] / self.mean_forward))[0]
 
-    def _may_enter(self, rank: int, action: Action) -> bool:
-        """Whether ``rank`` may start a reduction or update: in the window that it belongs to, once it is open."""
-        window = action.index + self.holdings[rank][action.stage].late
-        return self.closed[rank] >= window and self.opened.get((rank, action), self.now + 1) <= self.now
+    def _due(self, rank: int) -> Action | None:
+        """A reduction, because others wait for it, or an update that ``rank`` may start now."""
+        due = [holding.next for holding in self.unfinished[rank] if self._is_due(holding)]
+        return min(due, key=lambda action: action.kind == UPDATE, default=None)
 
-    def _has_arrived(self, lane: Lane, messages: deque[Message]) -> bool:
-        """Whether ``lane`` may use its next message: not before the window in which it was sent."""
-        return bool(messages) and messages[0][0] <= self.now and messages[0][1] <= self.closed[lane.holding.rank]
+    def _is_due(self, holding: Holding) -> bool:
+        """Whether the next reduction or update may start: in the window that it belongs to, and with all it needs."""
+        rank, action, held = holding.rank, holding.next, self.holdings[holding.rank].values()
+        # Window by window, so that what a rank needs to close its window is not behind what is later's.
+        if self.closed[rank] < action.index or any(other.updates < action.index for other in held):
+            return False
+        if rank != holding.home:
+            if action.kind == UPDATE:
+                return self._has_come(rank, holding.home, action)
+            # Guests of several stages of one home send in one order, which it can follow.
+            before = (other for other in held if other.home == holding.home and other.stage < holding.stage)
+            return all(other.reductions > action.index for other in before)
+        if action.kind == REDUCE:
+            return all(self._has_come(rank, guest, action) for guest in holding.guests)
+        return not self._opens_meeting(rank, action) or self._may_meet()
+
+    def _has_come(self, rank: int, sender: int, action: Action) -> bool:
+        """Whether ``action`` of ``sender`` is the next of its messages here (law 3), and has arrived."""
+        box = self.mail[rank].get(sender)
+        if not box:
+            return False
+        message, (time, sent) = box[0]
+        return message == action and time <= self.now and sent <= self.closed[rank]
+
+    def _opens_meeting(self, rank: int, action: Action) -> bool:
+        """Whether ``action`` is an update that enters a meeting, not one that follows the rank's first in it."""
+        if action.kind != UPDATE or action.index != self.meetings:
+            return False
+        return bool(self.schedule.meeting(rank, action))
+
+    def _may_meet(self) -> bool:
+        """Whether the homes may enter the next meeting: with all gradients of its window, and all of them in the last
+        window in which it may stand, so that a run can end before."""
+        return all(
+            home.gathered > self.meetings and self.closed[home.rank] >= self.meetings + home.late
+            for home in self.at_home
+        )
 
     def _ready(self, lane: Lane) -> list[tuple[Action, int]]:
         """What ``lane`` could start now, and since when (nanoseconds)."""
-        stage, directions, ready = lane.holding.stage, self.schedule.placement.directions, []
-        if self._has_arrived(lane, lane.backward_arrivals) and lane.holding.may_backward:
-            action = Action(stage, BACKWARD, lane.direction + directions * lane.backwards)
-            ready.append((action, lane.backward_arrivals[0][0]))
-        admits = lane.forwards - lane.backwards < self.schedule.in_flight[stage]
-        if admits and (stage == 0 or self._has_arrived(lane, lane.forward_arrivals)):
-            micro_batch = lane.direction + directions * lane.forwards
-            if not self.schedule.flush or micro_batch // self.schedule.micro_batches <= lane.holding.updates:
-                since = lane.forward_arrivals[0][0] if stage else lane.freed_at
-                ready.append((Action(stage, FORWARD, micro_batch), since))
+        holding, closed, now, ready = lane.holding, self.closed[lane.holding.rank], self.now, []
+        if lane.backward_arrivals and holding.may_backward:
+            time, sent = lane.backward_arrivals[0]
+            if time <= now and sent <= closed:
+                ready.append((Action(lane.stage, BACKWARD, lane.direction + self.directions * lane.backwards), time))
+        if lane.forwards - lane.backwards < lane.in_flight and (lane.forward_arrivals or not lane.stage):
+            time, sent = lane.forward_arrivals[0] if lane.stage else (lane.freed_at, 0)
+            micro_batch = lane.direction + self.directions * lane.forwards
+            waits = self.schedule.flush and micro_batch // self.schedule.micro_batches > holding.updates
+            if time <= now and sent <= closed and not waits:
+                ready.append((Action(lane.stage, FORWARD, micro_batch), time))
         return ready
 
     def _start(self, rank: int, action: Action) -> None:
-        finish = self.now + self.ticks[action.kind][action.stage]
         self.rows[rank].append(action)
+        if self._opens_meeting(rank, action):
+            self._enter(rank, action)
+        else:
+            self._run(rank, action, self.now)
+
+    def _enter(self, rank: int, action: Action) -> None:
+        """Let ``rank`` wait in the meeting; with the last one, all update as soon as a message has gone round."""
+        self.free_at[rank] = WAITING
+        self.entered.append((rank, action))
+        if len(self.entered) == len(self.homes):
+            self.meetings, self.meeting_at = self.meetings + 1, None
+            entered, self.entered = self.entered, []
+            for waiting, update in entered:
+                self._run(waiting, update, self.now + (self.link if self.schedule.num_ranks > 1 else 0))
+
+    def _run(self, rank: int, action: Action, start: int) -> None:
+        finish = start + self._ticks(action)
+        self.worked += finish - start
         self.free_at[rank] = finish
         heapq.heappush(self.events, (finish, rank))
         if action.kind == FORWARD:
             self._forward(rank, action, finish)
         elif action.kind == BACKWARD:
             self._backward(rank, action, finish)
+        elif action.kind == REDUCE:
+            self._reduce(rank, action, finish)
         else:
-            self.queues[rank].remove(action)
-            del self.opened[rank, action]
-            if action.kind == REDUCE:
-                self._reduce(rank, action, finish)
-            else:
-                self._update(rank, action, finish)
+            self._update(rank, action, finish)
         self._close(rank)
+        if self.schedule.together and action.kind != FORWARD:
+            self._look_for_meeting()
+
+    def _ticks(self, action: Action) -> int:
+        return self.ticks[action.kind][action.stage]
 
     def _lane(self, stage: int, micro_batch: int) -> Lane:
-        return self.lanes[micro_batch % self.schedule.placement.directions][stage]
+        return self.lanes[micro_batch % self.directions][stage]
 
     def _forward(self, rank: int, action: Action, finish: int) -> None:
         lane = self._lane(action.stage, action.index)
@@ -212,42 +297,52 @@ class Simulation:
             above = self._lane(action.stage - 1, action.index)
             self._send(rank, above, above.backward_arrivals, finish)
         lane.holding.backwards += 1
-        window = lane.holding.due
-        if window is not None:
-            shared = len(self.schedule.placement.holders[action.stage]) > 1
-            self._arrive(Action(action.stage, REDUCE if shared else UPDATE, window), finish)
+        self._note_complete(lane.holding)
 
     def _reduce(self, rank: int, action: Action, finish: int) -> None:
-        home = self.schedule.placement.home(action.stage)
-        self._arrive(action._replace(kind=UPDATE), self._arrival(rank, home, finish))
+        holding = self.holdings[rank][action.stage]
+        holding.reductions += 1
+        if rank == holding.home:
+            for guest in holding.guests:
+                self.mail[rank][guest].popleft()
+        else:
+            self._post(rank, holding.home, action, finish)
 
     def _update(self, rank: int, action: Action, finish: int) -> None:
-        self.holdings[rank][action.stage].updates += 1
-        home, *guests = self.schedule.placement.holders[action.stage]
-        if rank == home:
-            for guest in guests:
-                self._open(guest, action, self._arrival(rank, guest, finish))
+        holding = self.holdings[rank][action.stage]
+        holding.updates += 1
+        self.unfinished[rank].remove(holding)
+        self._note_complete(holding)
+        if rank == holding.home:
+            for guest in holding.guests:
+                self._post(rank, guest, action, finish)
+        else:
+            self.mail[rank][holding.home].popleft()
 
-    def _arrive(self, action: Action, time: int) -> None:
-        """Note that one more holder of the stage has done, at ``time``, what ``action`` waits for.
+    def _note_complete(self, holding: Holding) -> None:
+        if holding.completed > holding.updates and holding not in self.unfinished[holding.rank]:
+            self.unfinished[holding.rank].append(holding)
 
-        With the last of them the action joins the queues of all holders. They take from their queues window by
-        window, in the order of joining, so that any two meet in the same collectives in one order (law 3).
+    def _look_for_meeting(self) -> None:
+        """Note when the last rank can enter the next meeting, as soon as all backwards that it waits for have begun,
+        and wake the homes when they may enter.
+
+        Where backwards of the next window go on meanwhile there is no hurry: it is noted when they may enter.
         """
-        holders = self.schedule.placement.holders[action.stage]
-        times = self.arrived.setdefault(action, [])
-        times.append(time)
-        if len(times) == len(holders):
-            del self.arrived[action]
-            for holder in holders:
-                self.queues[holder].append(action)
-            for holder in holders if action.kind == REDUCE else holders[:1]:
-                self._open(holder, action, max(times))
+        may_meet = self._may_meet()
+        if self.meeting_at is None:
+            if self.schedule.update_delay:
+                if may_meet:
+                    self.meeting_at = max(self.free_at)
+            elif all(holding.completed > self.meetings for holdings in self.holdings for holding in holdings.values()):
+                self.meeting_at = max(self.free_at) + (self.link if self.schedule.reduces else 0)
+        if may_meet:
+            for home in self.homes:
+                heapq.heappush(self.events, (self.now, home))
 
-    def _open(self, rank: int, action: Action, time: int) -> None:
-        """Let ``rank`` start a reduction or update from ``time`` on."""
-        self.opened[rank, action] = time
-        heapq.heappush(self.events, (time, rank))
+    def _post(self, sender: int, receiver: int, action: Action, finish: int) -> None:
+        message = self._arrival(sender, receiver, finish), self.closed[sender]
+        self.mail[receiver].setdefault(sender, deque()).append((action, message))
 
     def _send(self, sender: int, lane: Lane, messages: deque[Message], finish: int) -> None:
         messages.append((self._arrival(sender, lane.holding.rank, finish), self.closed[sender]))

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 
 from .action import Action
 from .program import Program
-
-Place = tuple[int, Action]
-"""An action on a rank."""
+from .schedule import Place
 
 
 class Stuck(Exception):
@@ -23,21 +21,37 @@ class Stuck(Exception):
 def play(program: Program) -> Iterator[Place]:
     """Yield every (rank, action) once, each rank's in its row's order, each after its dependencies.
 
-    Receives block and sends are buffered. Raises :class:`Stuck` when that leads nowhere.
+    Receives block, sends are buffered, and an update of a meeting comes after every rank has entered that.
+    Raises :class:`Stuck` when that leads nowhere.
     """
-    rows, dependencies = program.rows, program.schedule.dependencies
+    rows, schedule = program.rows, program.schedule
     position = [0] * len(rows)
     done: set[Place] = set()
+    entered: set[tuple[int, int]] = set()
     waiting: dict[Place, list[int]] = {}
     blocked: dict[int, tuple[int, Action, Place]] = {}
     runnable = deque(range(len(rows)))
+
+    def missing_for(rank: int, action: Action) -> Place | None:
+        missing = next((place for place in schedule.dependencies(rank, action) if place not in done), None)
+        meeting = schedule.meeting(rank, action)
+        if missing is not None or not meeting:
+            return missing
+        window = action.index
+        if (rank, window) not in entered:
+            entered.add((rank, window))
+            for place in meeting:
+                if place[0] == rank:
+                    runnable.extend(waiting.pop(place, ()))
+        return next((place for place in meeting if (place[0], window) not in entered), None)
+
     while runnable:
         rank = runnable.popleft()
         blocked.pop(rank, None)
         row = rows[rank]
         while position[rank] < len(row):
             action = row[position[rank]]
-            missing = next((place for place in dependencies(rank, action) if place not in done), None)
+            missing = missing_for(rank, action)
             if missing is not None:
                 waiting.setdefault(missing, []).append(rank)
                 blocked[rank] = (position[rank], action, missing)

@@ -9,6 +9,9 @@ from typing import Any
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .placement import Placement
 
+Place = tuple[int, Action]
+"""An action on a rank."""
+
 Priority = Callable[[Action, float], tuple[Any, ...]]
 """Orders what a rank could start now, the least first. Takes the action, and the instant since which it could
 be started, in mean forwards of a stage."""
@@ -42,10 +45,14 @@ class Schedule:
             backwarded.
         max_gap: for every stage, the largest (version at backward) - (version at forward) it may show.
         priorities: the orders to choose from, by trial under the costs at hand, what a rank starts.
-        update_delay: backwards of the next window that a rank runs on a stage before the update of the
-            closed window; above 0 the closed window's gradient is parked meanwhile.
+        update_delay: backwards of the next window that a rank may run on a stage, at most, before the update
+            of the closed window; above 0 the closed window's gradient is parked meanwhile.
+        together: whether the homes' updates of a window are one meeting: every home enters with its own, and
+            none goes on before the last has entered (exact global gradient norms, a common loss scale).
         weights: which weights a forward and a backward use.
         correction: what is done to a gradient that was computed across an update.
+        alternatives: like schedules that need less memory, the least first. A scheduler takes the first that is
+            nearly as fast, under the costs at hand, as any of them and as this one, whose bounds hold for all.
         options: the options the schedule was made with, for reports.
 
     Raises:
@@ -60,8 +67,10 @@ class Schedule:
     max_gap: tuple[int, ...]
     priorities: tuple[Priority, ...] = (backward_first,)
     update_delay: int = 0
+    together: bool = False
     weights: str = "latest"
     correction: str = "none"
+    alternatives: tuple[Schedule, ...] = ()
     options: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -115,10 +124,11 @@ class Schedule:
             return self.placement.rank_of(action.stage, action.index)
         return None
 
-    def message(self, rank: int, action: Action) -> tuple[int, Action] | None:
+    def message(self, rank: int, action: Action) -> Place | None:
         """Where what ``action`` computes on ``rank`` goes: the receiving rank, and the action that needs it.
 
-        ``None`` when nobody needs it, or when the same rank does.
+        ``None`` when nobody needs it, or when the same rank does. For the messages of R and U, which may have
+        several receivers, see :meth:`dependencies`.
         """
         step = {FORWARD: 1, BACKWARD: -1}.get(action.kind, 0)
         stage = action.stage + step
@@ -127,15 +137,25 @@ class Schedule:
         receiver = self.placement.rank_of(stage, action.index)
         return None if receiver == rank else (receiver, Action(stage, action.kind, action.index))
 
-    def dependencies(self, rank: int, action: Action) -> Iterator[tuple[int, Action]]:
+    def meeting(self, rank: int, action: Action) -> tuple[Place, ...]:
+        """The updates that ``action`` on ``rank`` goes on with only when each of their ranks has entered, its own
+        among them; empty when it is none of a meeting."""
+        stage, kind, index = action
+        if not self.together or kind != UPDATE or rank != self.placement.home(stage):
+            return ()
+        return tuple((self.placement.home(other), Action(other, UPDATE, index)) for other in range(self.num_stages))
+
+    def dependencies(self, rank: int, action: Action) -> Iterator[Place]:
         """What must have happened before ``rank`` may run ``action``: (rank, action) pairs (laws 2 to 4).
 
-        What the rank itself must have done comes first, so that messages blame the nearest cause.
+        What the rank itself must have done comes first, so that messages blame the nearest cause. A pair of another
+        rank is a message from there: activations and gradients, a guest's gradients of a window (R) to the
+        stage's home, the home's new weights (U) to its guests. A meeting is no message: see :meth:`meeting`.
         How an update relates to the backwards around it depends on where it stands in the row, not on
         the action alone: see :mod:`.verify`.
         """
         stage, kind, index = action
-        rank_of = self.placement.rank_of
+        rank_of, home = self.placement.rank_of, self.placement.home(stage)
         if kind == FORWARD:
             if self.flush and index >= self.micro_batches:
                 yield rank, Action(stage, UPDATE, index // self.micro_batches - 1)
@@ -146,13 +166,26 @@ class Schedule:
             if stage < self.num_stages - 1:
                 yield rank_of(stage + 1, index), Action(stage + 1, BACKWARD, index)
         elif kind == REDUCE:
-            yield from ((rank, Action(stage, BACKWARD, m)) for m in self._window(index) if rank_of(stage, m) == rank)
-        elif rank != self.placement.home(stage):
-            yield self.placement.home(stage), action
-        elif len(self.placement.holders[stage]) > 1:
-            yield from ((holder, Action(stage, REDUCE, index)) for holder in self.placement.holders[stage])
+            yield from self._own_backwards(rank, stage, index)
+            if rank == home:
+                yield from ((guest, action) for guest in self.placement.holders[stage][1:])
+        elif rank != home:
+            yield home, action
+        elif self.together:
+            for other in self.placement.stages[rank]:
+                if rank == self.placement.home(other):
+                    yield from self._gathered(rank, other, index)
         else:
-            yield from ((rank, Action(stage, BACKWARD, m)) for m in self._window(index))
+            yield from self._gathered(rank, stage, index)
 
-    def _window(self, index: int) -> range:
-        return range(index * self.micro_batches, (index + 1) * self.micro_batches)
+    def _gathered(self, home: int, stage: int, window: int) -> Iterator[Place]:
+        """After what the home has the whole gradient of ``window``."""
+        if len(self.placement.holders[stage]) > 1:
+            yield home, Action(stage, REDUCE, window)
+        else:
+            yield from self._own_backwards(home, stage, window)
+
+    def _own_backwards(self, rank: int, stage: int, window: int) -> Iterator[Place]:
+        for micro_batch in range(window * self.micro_batches, (window + 1) * self.micro_batches):
+            if self.placement.rank_of(stage, micro_batch) == rank:
+                yield rank, Action(stage, BACKWARD, micro_batch)

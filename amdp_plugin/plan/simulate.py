@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .action import BACKWARD, FORWARD
+from .action import BACKWARD, FORWARD, Action
 from .costs import TICKS_PER_SECOND, CostModel
-from .play import Place, play
+from .play import play
 from .program import Program
+from .schedule import Place
 from .scheduler import Scheduler
 
 Span = tuple[int, int]
@@ -58,18 +59,30 @@ class Timing:
 
 
 def simulate(program: Program, costs: CostModel) -> Timing:
-    """The earliest times at which ``program``'s actions can run, every rank keeping to its row."""
+    """The earliest times at which ``program``'s actions can run, every rank keeping to its row.
+
+    An update of a meeting begins one message after the last rank has entered; what went before was waiting.
+    """
+    schedule, link = program.schedule, costs.link_ticks()
     finish: dict[Place, int] = {}
     spans: list[list[Span]] = [[] for _ in program.rows]
     free_at = [0 for _ in program.rows]
-    link = costs.link_ticks()
+    met: dict[int, int] = {}
 
     def arrival(rank: int, place: Place) -> int:
         return finish[place] + (link if place[0] != rank else 0)
 
+    def ready(rank: int, action: Action) -> int:
+        return max([free_at[rank], *(arrival(rank, place) for place in schedule.dependencies(rank, action))])
+
     for rank, action in play(program):
-        waits = (arrival(rank, place) for place in program.schedule.dependencies(rank, action))
-        start = max(free_at[rank], *waits, 0)
+        start = ready(rank, action)
+        if meeting := schedule.meeting(rank, action):
+            # Here the first of them to go on finds the others where they wait.
+            window = action.index
+            if window not in met:
+                met[window] = max(ready(*place) for place in meeting) + (link if schedule.num_ranks > 1 else 0)
+            start = max(start, met[window])
         free_at[rank] = finish[rank, action] = start + costs.action_ticks(action)
         spans[rank].append((start, free_at[rank]))
     return Timing(program, costs, tuple(tuple(row) for row in spans))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .action import UPDATE
-from .play import Place
+from .schedule import Place
 from .simulate import Span, Timing, in_flight
 
 TICKS_PER_MICROSECOND = 1000

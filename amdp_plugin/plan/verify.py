@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise
+from collections import Counter, defaultdict
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .play import Stuck, play
@@ -35,8 +33,8 @@ def verify(program: Program) -> None:
     """
     _check_places(program)
     _check_updates(program)
-    _check_collectives(program)
     _check_order(program)
+    _check_messages(program)
     _check_bounds(program)
 
 
@@ -77,7 +75,7 @@ def _check_places(program: Program) -> None:
 
 
 def _check_updates(program: Program) -> None:
-    """Law 4: update ``k`` applies exactly the gradients of window ``k``, each update once and in turn."""
+    """Law 4: update ``k`` applies exactly the gradients of window ``k``, after it reduced them, in turn."""
     schedule = program.schedule
     for rank, row in enumerate(program.rows):
         updates: Counter[int] = Counter()
@@ -90,43 +88,40 @@ def _check_updates(program: Program) -> None:
                     owes = f"rank {rank} owes {Action(stage, UPDATE, updates[stage])} first, or mixes two windows"
                     raise _breach(program, rank, position, 4, owes)
                 backwards[stage] += 1
-            elif kind == UPDATE:
+            elif kind in (REDUCE, UPDATE):
                 if index != updates[stage]:
-                    due = Action(stage, UPDATE, updates[stage])
-                    raise _breach(program, rank, position, 4, f"the update due on rank {rank} is {due}")
+                    due = Action(stage, kind, updates[stage])
+                    raise _breach(program, rank, position, 4, f"the next one due on rank {rank} is {due}")
                 if backwards[stage] < (index + 1) * per_window:
                     count = backwards[stage] - index * per_window
                     what = f"only {count} of {per_window} backwards of window {index} are in it"
                     raise _breach(program, rank, position, 4, what)
-                updates[stage] += 1
+                updates[stage] += kind == UPDATE
         for stage in schedule.placement.stages[rank]:
             if updates[stage] < program.windows - schedule.windows_late(rank, stage):
                 owes = f"rank {rank} owes {Action(stage, UPDATE, updates[stage])} and never runs it"
                 raise _breach(program, rank, len(row), 4, owes)
 
 
-def _check_collectives(program: Program) -> None:
-    """Law 3, second half: the ranks that share stages enter the reductions and updates of those in one order.
-
-    A collective is a meeting of all holders, so it is one node of a graph with an edge from what each of
-    them enters before: that graph has no circle.
-    """
-    holders = program.schedule.placement.holders
-    before: dict[Action, dict[Action, tuple[int, int]]] = {}
+def _check_messages(program: Program) -> None:
+    """Law 3, second half: what a rank sends to another for reductions and updates is used there in the order sent."""
+    schedule, at_sender, at_receiver = program.schedule, defaultdict(list), defaultdict(list)
     for rank, row in enumerate(program.rows):
-        previous = None
         for position, action in enumerate(row):
-            if action.kind in (REDUCE, UPDATE) and len(holders[action.stage]) > 1:
-                cells = before.setdefault(action, {})
-                if previous is not None:
-                    cells.setdefault(previous, (rank, position))
-                previous = action
-    try:
-        TopologicalSorter(before).prepare()
-    except CycleError as error:
-        steps = [(first, then, before[then][first]) for first, then in pairwise(error.args[1])]
-        circle = ", ".join(f"rank {rank} enters {first} before {then}" for first, then, (rank, _) in steps)
-        raise _breach(program, *steps[0][2], 3, f"{circle}: they wait for each other") from None
+            if action.kind in (REDUCE, UPDATE):
+                home, *guests = schedule.placement.holders[action.stage]
+                peers = guests if rank == home else [home]
+                sends = (action.kind == UPDATE) == (rank == home)
+                for peer in peers:
+                    if sends:
+                        at_sender[rank, peer].append(action)
+                    else:
+                        at_receiver[peer, rank].append((position, action))
+    for (sender, receiver), used in at_receiver.items():
+        for sent, (position, action) in zip(at_sender[sender, receiver], used, strict=False):
+            if sent != action:
+                what = f"the next that rank {sender} sends to rank {receiver} is {sent}"
+                raise _breach(program, receiver, position, 3, what)
 
 
 def _check_order(program: Program) -> None:
@@ -137,18 +132,24 @@ def _check_order(program: Program) -> None:
     except Stuck as stuck:
         rank = _root(program, stuck)
         position, action, (owner, missing) = stuck.blocked[rank]
-        flush = action.kind == FORWARD and missing.kind == UPDATE
+        law = 6 if action.kind == FORWARD and missing.kind == UPDATE else 2
         what = f"it needs {missing}, which rank {owner} owes "
         if missing not in program.rows[owner]:
-            raise _breach(program, rank, position, 6 if flush else 2, what + "and never runs") from None
-        wait = stuck.blocked.get(owner)
-        law = 3
-        if owner == rank:
-            law, wait = 6 if flush else 2, None
+            raise _breach(program, rank, position, law, what + "and never runs") from None
         what += f"only at step {program.rows[owner].index(missing)}"
-        if wait:
-            what += f", but rank {owner} itself waits at {wait[1]} for {wait[2][1]} of rank {wait[2][0]}"
+        if owner != rank:
+            law, what = 3, what + _circle(rank, stuck)
         raise _breach(program, rank, position, law, what) from None
+
+
+def _circle(rank: int, stuck: Stuck) -> str:
+    """Who waits for whom, from the rank that ``rank`` waits for and round to ``rank``."""
+    waits, waiting = [], stuck.blocked[rank][2][0]
+    while waiting != rank:
+        _, action, (owner, missing) = stuck.blocked[waiting]
+        waits.append(f"rank {waiting} itself waits at {action} for {missing} of rank {owner}")
+        waiting = owner
+    return ", but " + ", and ".join(waits)
 
 
 def _root(program: Program, stuck: Stuck) -> int:

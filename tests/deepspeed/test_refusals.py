@@ -50,6 +50,12 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "option that is no whole number": (section({"name": "paci", "extra_in_flight": 1.5}), ["'extra_in_flight'", "1.5"]),
     "option that is a truth value": (section({"name": "paci", "extra_in_flight": True}), ["'extra_in_flight'", "True"]),
     "option out of range": (section({"name": "paci", "extra_in_flight": -1}), ["extra_in_flight", "negative", "-1"]),
+    "costs of other stages": (
+        section({"name": "paci", "stage_costs": [1.0, 1.0, 1.5]}),
+        ["stage_costs needs one entry for each of 2 stages, got 3"],
+    ),
+    "costs of nothing": (section({"name": "paci", "stage_costs": [1.0, 0.0]}), ["at least a nanosecond"]),
+    "backward in no time": (section({"name": "paci", "backward_ratio": 0.0}), ["'backward_ratio'", "greater than 0"]),
     "timeout of nothing": (section({"name": "paci", "timeout_seconds": 0}), ["'timeout_seconds'", "greater than 0"]),
     "two wrong options": (
         section({"name": "paci", "a": 1, "timeout_seconds": "x"}),

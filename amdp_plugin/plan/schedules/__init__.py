@@ -11,7 +11,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 from ..schedule import Schedule
 from .amdp import amdp
@@ -68,6 +69,8 @@ def read_option(name: str, option: str, text: str) -> Any:
     if option not in (known := options(name)):
         raise ValueError(f"schedule {name!r} has no option {option}; it has {', '.join(known) or 'none'}")
     wanted = known[option].annotation
+    if get_origin(wanted) is UnionType:
+        wanted = next(kind for kind in get_args(wanted) if kind is not NoneType)
     if wanted is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if wanted not in (int, float):
