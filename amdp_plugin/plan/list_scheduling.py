@@ -255,7 +255,7 @@ class Simulation:
                 self._run(waiting, update, self.now + (self.link if self.schedule.num_ranks > 1 else 0))
 
     def _run(self, rank: int, action: Action, start: int) -> None:
-        finish = start + self._ticks(action)
+        finish = start + (self._ticks(action) if self.schedule.computes(rank, action) else 0)
         self.worked += finish - start
         self.free_at[rank] = finish
         heapq.heappush(self.events, (finish, rank))

@@ -124,6 +124,10 @@ class Schedule:
             return self.placement.rank_of(action.stage, action.index)
         return None
 
+    def computes(self, rank: int, action: Action) -> bool:
+        """Whether ``action`` is work for ``rank``, and not messages alone: a guest does not step its stage."""
+        return action.kind != UPDATE or rank == self.placement.home(action.stage)
+
     def message(self, rank: int, action: Action) -> Place | None:
         """Where what ``action`` computes on ``rank`` goes: the receiving rank, and the action that needs it.
 

@@ -133,7 +133,9 @@ def _busiest_share(schedule: Schedule, costs: CostModel) -> float:
 
     def work(rank: int, stage: int) -> int:
         each = sum(costs.action_ticks(Action(stage, kind, 0)) for kind in (FORWARD, BACKWARD))
-        return schedule.backwards_per_window(rank, stage) * each + costs.action_ticks(Action(stage, UPDATE, 0))
+        update = Action(stage, UPDATE, 0)
+        steps = costs.action_ticks(update) if schedule.computes(rank, update) else 0
+        return schedule.backwards_per_window(rank, stage) * each + steps
 
     of_ranks = [sum(work(rank, stage) for stage in stages) for rank, stages in enumerate(schedule.placement.stages)]
     return max(of_ranks) / sum(of_ranks)

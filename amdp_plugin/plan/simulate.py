@@ -83,7 +83,8 @@ def simulate(program: Program, costs: CostModel) -> Timing:
             if window not in met:
                 met[window] = max(ready(*place) for place in meeting) + (link if schedule.num_ranks > 1 else 0)
             start = max(start, met[window])
-        free_at[rank] = finish[rank, action] = start + costs.action_ticks(action)
+        work = costs.action_ticks(action) if schedule.computes(rank, action) else 0
+        free_at[rank] = finish[rank, action] = start + work
         spans[rank].append((start, free_at[rank]))
     return Timing(program, costs, tuple(tuple(row) for row in spans))
 

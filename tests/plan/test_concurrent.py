@@ -126,6 +126,15 @@ def test_preload_is_the_least_that_is_nearly_as_fast_as_any(directions: int, mos
         assert all(mine <= bound for mine, bound in zip(chosen.max_gap, schedule.max_gap, strict=True))
 
 
+@pytest.mark.parametrize(("num_stages", "directions"), [(4, 2), (8, 4), (8, 2), (12, 6)])
+def test_preload_makes_no_gap_above_one(num_stages: int, directions: int) -> None:
+    """In windows of ``num_stages`` every direction has just what it admits: one more would see two updates."""
+    schedule = make("amdp", num_stages, num_stages, directions=directions)
+    assert (schedule.options["preload"], schedule.alternatives, max(schedule.max_gap)) == (0, (), 1)
+    assert report(Scheduler(schedule), windows=1).max_version_gap == 1
+    assert max(make("amdp", num_stages, num_stages, directions=directions, preload=1).max_gap) == 2
+
+
 def test_a_preload_that_was_asked_for_is_kept() -> None:
     assert schedules.read_option("amdp", "preload", "2") == 2
     with pytest.raises(ValueError, match="option preload of schedule 'amdp' is a whole number, got 'two'"):

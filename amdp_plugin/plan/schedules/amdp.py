@@ -46,7 +46,8 @@ def amdp(
         directions: pipelines that run at once, 1 to ``num_stages / 2``; 0 for that most. With fewer,
             ``num_stages / directions`` micro-batches are admitted to each.
         preload: micro-batches admitted to each beyond that, to fill the ends of windows. By default the fewest
-            that are nearly as fast, under the costs at hand, as half of ``num_stages / directions``.
+            that are nearly as fast, under the costs at hand, as half of ``num_stages / directions``; none that
+            make a gap larger than 1.
         updates: ``"independent"``: each stage is updated when its own gradient is complete. ``"together"``: no
             stage before all are complete, for the norm of the whole gradient. ``"parked"``: the same, but
             backwards of the next window go on meanwhile, into one more gradient buffer. ``"auto"``:
@@ -67,8 +68,12 @@ def amdp(
     if updates not in ("auto", *UPDATE_DELAYS):
         raise ValueError(f"amdp: updates are auto, {', '.join(UPDATE_DELAYS)}; got {updates!r}")
     updates = "independent" if updates == "auto" else updates
-    candidates = range(num_stages // used // 2 + 1) if preload is None else [preload]
-    *cheaper, schedule = [_preloading(each, num_stages, micro_batches, used, updates) for each in candidates]
+    if preload is not None:
+        return _preloading(preload, num_stages, micro_batches, used, updates)
+    least, *more = [
+        _preloading(each, num_stages, micro_batches, used, updates) for each in range(num_stages // used // 2 + 1)
+    ]
+    *cheaper, schedule = [least, *(each for each in more if max(each.max_gap) == 1)]
     return replace(schedule, alternatives=tuple(cheaper))
 
 
