@@ -43,6 +43,9 @@ class Report:
         peak_in_flight_by_rank: micro-batches forwarded and not yet backwarded, at most, over all stages of the rank
             and with the warm-up.
         weight_copies_by_rank: copies of the weights of one stage that a rank holds.
+        gradient_copies_by_rank: the same of sums of gradients: one for every stage here, and one for a stage whose
+            closed window is parked.
+        optimizer_states_by_rank: stages whose optimizer state a rank keeps. Under 1F1B all three are 1.
         deadlock_free: whether no rank waits for ever; ``breach`` says who does.
         verified_windows: windows on which all laws were checked, from the first on.
         period: windows after which everything repeats, so that the laws hold for ever; ``None`` when no
@@ -67,6 +70,8 @@ class Report:
     mismatched_by_stage: tuple[int, ...]
     peak_in_flight_by_rank: tuple[int, ...]
     weight_copies_by_rank: tuple[int, ...]
+    gradient_copies_by_rank: tuple[int, ...]
+    optimizer_states_by_rank: tuple[int, ...]
     deadlock_free: bool
     breach: str | None
     verified_windows: int
@@ -92,6 +97,8 @@ class Report:
             *_item("mismatched", f"micro-batches of a window, by stage: {_numbers(self.mismatched_by_stage)}", width),
             *_item("in flight", f"at most, by rank: {_numbers(self.peak_in_flight_by_rank)}", width),
             *_item("weight copies", f"by rank: {_numbers(self.weight_copies_by_rank)}", width),
+            *_item("gradients", f"copies, by rank: {_numbers(self.gradient_copies_by_rank)}; optimizer states: "
+                   f"{_numbers(self.optimizer_states_by_rank)}", width),
             "",
             RECOMPUTATION,
         ]
@@ -144,6 +151,8 @@ def report(scheduler: Scheduler, windows: int) -> Report:
         mismatched_by_stage=_mismatched_by_stage(schedule, found, range(first, last)),
         peak_in_flight_by_rank=tuple(max(in_flight(program, rank)) for rank in range(schedule.num_ranks)),
         weight_copies_by_rank=_weight_copies(schedule),
+        gradient_copies_by_rank=_gradient_copies(schedule),
+        optimizer_states_by_rank=tuple(len(homes) for homes in _homes(schedule)),
         deadlock_free=breach is None,
         breach=breach,
         verified_windows=last,
@@ -191,6 +200,19 @@ def _weight_copies(schedule: Schedule) -> tuple[int, ...]:
     """A stage that computes with other weights than the latest keeps every version that may be in flight."""
     copies = [1 if schedule.weights == "latest" else 1 + gap for gap in schedule.max_gap]
     return tuple(sum(copies[stage] for stage in stages) for stages in schedule.placement.stages)
+
+
+def _homes(schedule: Schedule) -> list[list[int]]:
+    """For every rank, the stages that have their home there."""
+    home = schedule.placement.home
+    return [[stage for stage in stages if home(stage) == rank] for rank, stages in enumerate(schedule.placement.stages)]
+
+
+def _gradient_copies(schedule: Schedule) -> tuple[int, ...]:
+    """Parked is what the home has gathered; where a stage is on one rank, that is its own sum."""
+    parked = 1 if schedule.update_delay else 0
+    stages = schedule.placement.stages
+    return tuple(len(held) + parked * len(homes) for held, homes in zip(stages, _homes(schedule), strict=True))
 
 
 def _count(number: int, word: str) -> str:

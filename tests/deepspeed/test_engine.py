@@ -33,6 +33,7 @@ from .jobs import (
     oracle,
     run,
     stream,
+    weights,
 )
 
 
@@ -155,8 +156,8 @@ def test_window_that_changes_its_size(name: str, stages: int, size: int, other: 
     losses += pipeline.train(batches, 3)
     for result in found:  # the engine's measured gap begins anew with the new program
         assert result["losses"] == losses
-        for stage, weights in result["weights"].items():
-            assert_same_weights(weights, pipeline.stages[stage].state_dict(), f"stage {stage}")
+        for stage, held in result["weights"].items():
+            assert_same_weights(held, pipeline.stages[stage].state_dict(), f"stage {stage}")
 
 
 def test_window_that_changes_its_size_as_in_stock() -> None:
@@ -250,6 +251,29 @@ def test_additional_losses() -> None:
     job = Job("amdp", 4, 4)
     found, expected = run_ranks(4, train_reporting, job), run_ranks(4, train_reporting, job.stock)
     assert found == expected
+
+
+def guests_at_the_start(rank: int, job: Job) -> dict[int, dict[str, Tensor]]:
+    deepspeed.init_distributed("gloo")
+    torch.manual_seed(rank)
+    layers = [LayerSpec(torch.nn.Linear, 8, 8), LayerSpec(torch.nn.BatchNorm1d, 8)] * 4
+    module = PipelineModule(layers, num_stages=4, loss_fn=loss, partition_method="uniform")
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    before = torch.get_rng_state()
+    optimizer = OPTIMIZERS["sgd"](list(module.parameters()))
+    engine, *_ = amdp_plugin.initialize(model=module, config=configuration(job), optimizer=optimizer)
+    assert torch.equal(torch.get_rng_state(), before), "building guests draws no random numbers"
+    return weights(engine)
+
+
+def test_guests_begin_with_the_weights_of_their_homes() -> None:
+    """Whatever each rank's own generator made of the layer specs."""
+    found = run_ranks(4, guests_at_the_start, Job("amdp", 4, 4))
+    assert not torch.equal(found[0][0]["0.weight"], found[1][1]["2.weight"])
+    for rank, held in enumerate(found):
+        assert list(held) == [rank, 3 - rank]
+        assert_same_weights(held[3 - rank], found[3 - rank][3 - rank], f"rank {rank}")
 
 
 def train_wide(rank: int, job: Job) -> None:

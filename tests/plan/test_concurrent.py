@@ -69,6 +69,9 @@ def _check_what_amdp_promises(found: Report) -> None:
     assert max(found.mismatched_by_stage) <= found.stages + preload * directions
     assert max(found.peak_in_flight_by_rank) <= found.stages + preload * directions <= 1.5 * found.stages
     assert found.weight_copies_by_rank == (directions,) * found.stages
+    parked = found.options.get("updates") == "parked"
+    assert found.gradient_copies_by_rank == (directions + parked,) * found.stages
+    assert found.optimizer_states_by_rank == (1,) * found.stages
 
 
 AUTHORS = {(4, 2.0, 0.0): 0.918, (8, 2.0, 0.0): 0.957, (4, 2.0, 0.1): 0.884, (8, 2.0, 0.1): 0.910,

@@ -178,3 +178,22 @@ def test_an_error_of_the_model_is_not_taken_for_a_lost_peer() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2") as caught, watch.guard("a collective", None):
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not isinstance(caught.value, PipelineStallError)
+
+
+def directions(rank: int) -> list[object]:
+    """Rank 0 tells of direction 0 and then of 1; rank 1 asks in the other order."""
+    channels, _ = make_channels(rank, 2)
+    first = Action(1, "F", 0)
+    if rank == 0:
+        channels.send_header(1, first, False, direction=0)
+        channels.send_header(1, first, True, direction=1)
+        channels.send_report(1, torch.tensor([0.0], dtype=torch.float64), direction=0)
+        channels.send_report(1, torch.tensor([1.0], dtype=torch.float64), direction=1)
+        channels.drain()
+        return []
+    found = [channels.receive_header(0, first, direction) for direction in (1, 0)]
+    return found + [float(channels.receive_report(0, 1, direction)) for direction in (1, 0)]
+
+
+def test_every_direction_has_its_own_order_of_control_messages() -> None:
+    assert run_ranks(2, directions)[1] == [True, False, 1.0, 0.0]
