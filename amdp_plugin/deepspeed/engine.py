@@ -113,8 +113,6 @@ class ScheduledPipelineEngine(PipelineEngine):
         """
         if data_iter is not None:
             self.set_dataiterator(data_iter)
-        for module in (self.module, *self.guests.values()):
-            module.train()
         self._window = list(self.executor.open_window())
         with self._acting_as(self.stage_id):
             loss = super().train_batch()

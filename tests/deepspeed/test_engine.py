@@ -105,11 +105,11 @@ def train_on_a_dataset(rank: int, job: Job, micro_batches: int) -> dict[str, Any
     return finish(engine, train(engine, None, job.windows))
 
 
-@pytest.mark.parametrize(("name", "stages"), [("paci", 3), ("amdp", 4)])
-def test_training_data_given_to_initialize(name: str, stages: int) -> None:
-    """It repeats for ever, as in DeepSpeed."""
+@pytest.mark.parametrize(("name", "stages", "size"), [("paci", 3, 2), ("amdp", 8, 4)])
+def test_training_data_given_to_initialize(name: str, stages: int, size: int) -> None:
+    """It repeats for ever, as in DeepSpeed. Eight stages of amdp are read on the ranks 0, 3, 4 and 7."""
     # No dropout: the loader draws from the same random numbers.
-    job = Job(name, stages, 2, kind="exact", windows=6)
+    job = Job(name, stages, size, kind="exact", windows=6)
     found = run_ranks(stages, train_on_a_dataset, job, 8)
     pipeline = make_oracle(job)
     losses = pipeline.train(itertools.cycle(list(data(count=8))), job.windows)

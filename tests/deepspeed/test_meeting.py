@@ -178,6 +178,20 @@ def test_fp16_under_1f1b_is_stock() -> None:
     assert found[0]["scales"] == expected[0]["scales"]
 
 
+def test_gradients_of_guests_have_the_loss_scale_too() -> None:
+    """The first update is that of 1F1B, but for the rounding of sums in fp16."""
+    config = {**FP16, "fp16": {"enabled": True, "loss_scale": 128.0}, "gradient_clipping": 0.0}
+    job = Job({"name": "amdp", "updates": "together"}, 4, 4, config=config, dtype=torch.float16, windows=1)
+    found = run_ranks(4, train_fp16, job)
+    flushed = run_ranks(4, train_fp16, replace(job, schedule="1f1b"))
+    before = run_ranks(4, train_fp16, replace(job, schedule="1f1b", windows=0))
+    for stage in range(4):
+        for key, first in before[stage]["weights"][stage].items():
+            step = (flushed[stage]["weights"][stage][key] - first).float().norm()
+            error = (flushed[stage]["weights"][stage][key] - found[stage]["weights"][stage][key]).float().norm()
+            assert step > 0 and error < 0.1 * step, f"stage {stage}: {key}"
+
+
 def test_all_stages_skip_a_step_together() -> None:
     """The scale falls, and rises again, on all ranks at the same window; nothing but rounding differs from 1F1B
     before the first update."""
