@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -10,9 +11,28 @@ from deepspeed import comm
 from torch import Tensor, nn
 
 from ..plan.report import Report
+from ..plan.scheduler import Scheduler
 from .guests import sum_dtype
 
 MEBIBYTE = 2**20
+
+
+def agree(engine: Any, scheduler: Scheduler) -> None:
+    """Make sure that all ranks of the pipeline are going to run one program.
+
+    Raises:
+        ValueError: on every rank, where their configurations differ; they would wait for each other for ever.
+    """
+    schedule, costs = scheduler.schedule, scheduler.costs
+    mine = repr((schedule.name, schedule.options, schedule.num_stages, schedule.micro_batches, costs))
+    digest = int.from_bytes(sha256(mine.encode()).digest()[:7], "big")
+    sums = torch.tensor([digest, -digest], device=engine.device)
+    comm.all_reduce(sums, op=comm.ReduceOp.MAX, group=engine.grid.get_pipe_parallel_group())
+    if sums.tolist() != [digest, -digest]:
+        raise ValueError(
+            f"the ranks of the pipeline are configured for different programs, rank {engine.stage_id} for {mine}: "
+            "give all of them the same DeepSpeed configuration"
+        )
 
 
 def announce(engine: Any, planned: Report) -> None:

@@ -26,10 +26,10 @@ from ..runtime.random_streams import RandomStreams
 from ..runtime.replica import Guest, Replica
 from ..runtime.transport import Transport
 from ..runtime.watch import PipelineStallError, Watch
-from .announcement import announce
+from .announcement import agree, announce
 from .checkpoint import load_random_states, save_random_states
 from .config import read_settings
-from .guests import build_replicas
+from .guests import build_replicas, layers
 from .losses import WindowLosses, broken, summed
 from .meeting import StageGrid, bound_collectives, clip_by_whole_norm, make_stage_local, must_meet
 from .random_state import random_state, seed_all, set_random_state
@@ -81,6 +81,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._feed = Feed(self._pull, self._is_read_here)
         self.random_streams = RandomStreams(directions, random_state, set_random_state, seed_all)
         self._watch = Watch(self.stage_id, settings.timeout_seconds)
+        bound_collectives(self.grid, settings.timeout_seconds)
         self._channels: Channels | None = None
         self._exchange: Exchange | None = None
         self.guests, self.replicas = build_replicas(self, schedule.placement)
@@ -94,7 +95,6 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._norm_grid = self.mpu if self.updates_meet else StageGrid(self.mpu)
         if self._norm_grid is not self.mpu:
             make_stage_local(self.optimizer, self._norm_grid)
-        bound_collectives(self.grid, settings.timeout_seconds)
         atexit.register(_close, weakref.ref(self))
 
     # What users call
@@ -304,12 +304,13 @@ class ScheduledPipelineEngine(PipelineEngine):
         """Let the guests take the weights and buffers of their homes."""
         if self._exchange is not None:
             modules = {self.stage_id: self.module, **self.guests}
-            self._exchange.copy_home({stage: modules[stage] for stage in self.replicas})
+            self._exchange.copy_home({stage: layers(modules[stage]) for stage in self.replicas})
 
     def _build_executor(self, schedule: Schedule) -> None:
         """Plan, prove, announce and wire up the program for the present window size."""
         scheduler = Scheduler(schedule, self.settings.costs(self.num_stages))
         schedule = scheduler.schedule
+        agree(self, scheduler)
         planned = report(scheduler, windows=1)
         if self._channels is not None:
             self._channels.keep_sent = keep_sent(schedule)

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+from torch import nn
 
 from .config import ScheduleSettings, check_compatible, check_topology, enabled, read_settings
 from .engine import ScheduledPipelineEngine
@@ -84,6 +85,10 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
         refuse('the engine applies every gradient before it sums the next window\'s; use "updates": "together"')
     if any(schedule.placement.home(stage) != stage for stage in range(schedule.num_stages)):
         refuse(f"its first direction must place stage s on rank s, it places them on {schedule.placement.ranks[0]}")
+    loss = model.loss_fn
+    learns = isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters())
+    if schedule.reduces and learns:
+        refuse("its last stage runs on several ranks, so loss_fn cannot have weights to train; make it the last layer")
     if schedule.flush or schedule.together:
         return
     if tied:

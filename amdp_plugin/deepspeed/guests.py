@@ -27,21 +27,29 @@ def build_replicas(engine: Any, placement: Placement) -> tuple[dict[int, Pipelin
     home, dtype = engine.stage_id, sum_dtype(engine.optimizer)
     held = [stage for stage in placement.stages[home] if len(placement.holders[stage]) > 1]
     guests = {stage: build_guest(engine, stage) for stage in held if stage != home}
-    replicas: dict[int, Replica] = {stage: Guest(guest, dtype) for stage, guest in guests.items()}
+    replicas: dict[int, Replica] = {stage: Guest(layers(guest), dtype) for stage, guest in guests.items()}
     if home in held:
-        replicas[home] = Home(engine.module, dtype, home_gradient(engine.optimizer))
+        replicas[home] = Home(layers(engine.module), dtype, home_gradient(engine.optimizer))
     return guests, replicas
+
+
+def layers(module: PipelineModule) -> nn.ModuleList:
+    """The layers of a stage, without what else the module has, such as its loss; in one order on all ranks."""
+    return nn.ModuleList([module.tied_modules, *(module._modules[name] for name in module.fwd_map)])
 
 
 def build_guest(engine: Any, stage: int) -> PipelineModule:
     """``stage`` of the engine's model, on its device and in its dtype, with weights of no meaning yet."""
     home: PipelineModule = engine.module
     guest = copy.copy(home)
-    layers = {*home.fwd_map, "tied_modules"}
-    guest._modules = {name: module for name, module in home._modules.items() if name not in layers}
+    guest._modules = {}
+    for name, module in home._modules.items():
+        if name not in home.fwd_map:
+            object.__setattr__(guest, name, module)  # shared, such as a loss, and no part of the guest
     guest._forward_pre_hooks, guest._forward_hooks = copy.copy(home._forward_pre_hooks), copy.copy(home._forward_hooks)
     guest.stage_id, guest.tied_comms = stage, {}
     guest.forward_funcs, guest.fwd_map = [], {}
+    guest.__dict__.pop("tied_modules")
     guest.tied_modules, guest.tied_weight_attrs = nn.ModuleDict(), {}
     guest.is_checkpointable_results, guest.is_checkpointable_results_interval = [], None
     guest._set_bounds(home.parts[stage], home.parts[stage + 1])

@@ -84,7 +84,7 @@ def clip_by_whole_norm(parameters: Iterable[nn.Parameter], limit: float, grid: A
 
 
 def bound_collectives(grid: Any, timeout_seconds: float) -> None:
-    """Let the groups that a stage's step uses fail, not hang, when a peer is gone."""
-    groups = grid.get_data_parallel_group(), grid.get_slice_parallel_group(), grid.get_model_parallel_group()
-    for group in groups:
+    """Let the groups that an engine uses fail, not hang, when a peer is gone."""
+    groups = [grid.get_data_parallel_group(), grid.get_slice_parallel_group()]
+    for group in [*groups, grid.get_model_parallel_group(), grid.get_pipe_parallel_group()]:
         _set_pg_timeout(timedelta(seconds=timeout_seconds), group)

@@ -18,7 +18,7 @@ from amdp_plugin.deepspeed.engine import ScheduledPipelineEngine
 from tests.processes import run_ranks
 from tests.runtime.models import WIDTH, loss
 
-from .jobs import Job, build_layers, configuration
+from .jobs import Job, build_layers, configuration, make_engine
 
 PACI = {"pipeline": {"schedule": "paci"}}
 
@@ -181,3 +181,39 @@ def test_partitioned_activations_are_refused() -> None:
     for messages in run_ranks(2, attempt_partitioned, Job("paci", stages=1)):
         for key, message in zip(("pipe_partitioned", "grad_partitioned"), messages, strict=True):
             assert f'"{key}": true cannot be used with 2 tensor-parallel ranks' in message
+
+
+def attempt_different_programs(rank: int) -> str:
+    try:
+        make_engine(rank, Job({"name": "paci", "extra_in_flight": rank % 2}, 3, 2))
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("was not refused")
+
+
+def test_different_configurations_on_the_ranks_are_refused() -> None:
+    """On all of them, and at once: they would wait for each other."""
+    for rank, message in enumerate(run_ranks(3, attempt_different_programs)):
+        assert f"different programs, rank {rank} for ('paci', {{'extra_in_flight': {rank % 2}}}, 3, 2" in message
+
+
+class Learning(nn.Module):
+    """A loss with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return self.weight * loss(output, label)
+
+
+def attempt_learning_loss(rank: int, job: Job) -> str:
+    deepspeed.init_distributed("gloo")
+    module = PipelineModule(build_layers(job), num_stages=4, loss_fn=Learning(), partition_method="uniform")
+    return attempt(module, configuration(job))
+
+
+def test_a_loss_that_learns_is_refused_where_the_last_stage_has_replicas() -> None:
+    for message in run_ranks(4, attempt_learning_loss, Job("amdp", 4, 4)):
+        assert "loss_fn cannot have weights to train" in message
