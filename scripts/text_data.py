@@ -70,15 +70,18 @@ def training_micro_batches(
 ) -> Iterator[MicroBatch]:
     """Micro-batches number ``first``, ``first + 1``, ... of one data-parallel replica, without end.
 
-    Number ``i`` is cut at places drawn from a generator seeded by ``(seed, replica, i)`` alone.
+    Sample ``i`` is cut at a place drawn from a generator seeded by ``(seed, replica, i)`` alone: the samples of a step do
+    not depend on the micro-batches that it is cut into.
     """
     generator = torch.Generator()
-    index = first
+    sample, places = first * batch_size, len(text) - sequence_length
     while True:
-        generator.manual_seed(derive_seed("data", seed, replica, index))
-        starts = torch.randint(len(text) - sequence_length, (batch_size,), generator=generator)
-        yield cut(text, starts, sequence_length)
-        index += 1
+        starts = []
+        for number in range(sample, sample + batch_size):
+            generator.manual_seed(derive_seed("data", seed, replica, number))
+            starts.append(torch.randint(places, (), generator=generator))
+        yield cut(text, torch.stack(starts), sequence_length)
+        sample += batch_size
 
 
 def validation_micro_batches(

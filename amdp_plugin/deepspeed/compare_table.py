@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from math import isclose
 
 from .measured import LAST_LOSSES, WARM_UP_STEPS, Run
 from .recording import STOCK, Memory
@@ -20,6 +20,8 @@ MEMORY_NOTE = (
     "with the optimizer state; exchange: what replicas of a stage use to send gradients and weights. peak: the most "
     "that the process had, with activations; on the CPU with Python and all libraries."
 )
+ALIKE = 1e-6
+"""Relative difference of first losses that comes from cutting the same samples into other micro-batches."""
 DISTURBING_CORES = 0.2
 """Cores busy with other work from which on times are not to be trusted."""
 
@@ -68,9 +70,11 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
 def _row(run: Run, baseline: Run) -> Row:
     first, costs = run.first, baseline.costs()
-    predicted, reference = run.predicted_seconds(costs), baseline.predicted_seconds(costs)
-    # Windows may differ in size, so seconds are those of a micro-batch.
-    predicted_ratio = (reference / baseline.first.micro_batches) / (predicted / first.micro_batches)
+    samples, baseline_samples = (each.first.steps[-1].samples for each in (run, baseline))
+    # Micro-batches may differ in size: then an action takes time in proportion to it.
+    size = (samples / first.micro_batches) / (baseline_samples / baseline.first.micro_batches)
+    predicted, reference = size * run.predicted_seconds(costs), baseline.predicted_seconds(costs)
+    predicted_ratio = (samples / predicted) / (baseline_samples / reference)
     return Row(
         name=run.name,
         engine=first.engine,
@@ -169,15 +173,18 @@ def _loss(loss: float | None) -> str:
 
 def _notes(found: Sequence[Row], memory: bool) -> list[str]:
     row = found[0]
+    sizes = [each.micro_batches for each in found]
+    windows = ", ".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
     return [
-        f"{row.stages} stages on {row.ranks} ranks, windows of {row.micro_batches} micro-batches, {row.steps} steps.",
+        f"{row.stages} stages on {row.ranks} ranks, windows of {windows} micro-batches, {row.steps} steps.",
         "",
         f"- s/step: median time from the end of one training step to the end of the next, on the slowest rank, without "
         f"the first {WARM_UP_STEPS} steps; where a schedule repeats only after several steps, a step's part of that "
         "many. It holds the script's own work between steps (data, progress), but not evaluations and checkpoints. "
         "Tokens a second are at that pace.",
         f"- ratio: samples a second, compared with {row.baseline}. predicted: the same from the plan, with the medians "
-        f"of what forwards, backwards, updates and messages took in the run of {row.baseline}.",
+        f"of what forwards, backwards, updates and messages took in the run of {row.baseline} (in proportion to the "
+        "size of the micro-batches, where that differs).",
         "- waiting: share of the time in which a rank waits for messages. in flight: the most micro-batches forwarded "
         "and not yet backwarded. largest gap: the most updates between a forward and its backward, as measured.",
         *([MEMORY_NOTE] if memory else []),
@@ -196,7 +203,8 @@ def _disturbances(found: Sequence[Row]) -> list[str]:
 
 def _first_losses(found: Sequence[Row]) -> str:
     losses = [row.first_train_loss for row in found]
-    if len(list(groupby(losses))) == 1:
+    known = [loss for loss in losses if loss is not None]
+    if len(known) == len(losses) and isclose(min(known), max(known), rel_tol=ALIKE):
         return f"All began alike: their first step's loss is {losses[0]}."
     pairs = ", ".join(f"{row.name} {row.first_train_loss}" for row in found)
     return f"NOTE: the losses of the first step differ ({pairs}): other weights, data or precision."
