@@ -70,8 +70,8 @@ def training_micro_batches(
 ) -> Iterator[MicroBatch]:
     """Micro-batches number ``first``, ``first + 1``, ... of one data-parallel replica, without end.
 
-    Sample ``i`` is cut at a place drawn from a generator seeded by ``(seed, replica, i)`` alone: the samples of a step do
-    not depend on the micro-batches that it is cut into.
+    Sample ``i`` is cut at a place drawn from a generator seeded by ``(seed, replica, i)`` alone: the samples of a step
+    do not depend on the micro-batches that it is cut into.
     """
     generator = torch.Generator()
     sample, places = first * batch_size, len(text) - sequence_length

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isclose
+from statistics import mean
+from typing import Any
 
+from ..plan.costs import CostModel
 from .measured import LAST_LOSSES, WARM_UP_STEPS, Run
 from .recording import STOCK, Memory
 
@@ -34,6 +38,7 @@ class Row:
         ratio: how many times the samples a second of the baseline.
         predicted_ratio: the same, predicted from what actions and messages took in the baseline's run.
         predicted_seconds_per_step: what that prediction is, in seconds.
+        measured_options: what to tell a schedule so that its program is made for what was measured in this run.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Row:
     ratio: float
     predicted_ratio: float
     predicted_seconds_per_step: float
+    measured_options: dict[str, Any]
     waiting_share_by_rank: list[float]
     running_share_by_rank: list[float]
     peak_in_flight_by_rank: list[int]
@@ -91,6 +97,7 @@ def _row(run: Run, baseline: Run) -> Row:
         ratio=run.samples_per_second / baseline.samples_per_second,
         predicted_ratio=predicted_ratio,
         predicted_seconds_per_step=predicted,
+        measured_options=_options(run.costs()),
         waiting_share_by_rank=run.waiting_share_by_rank,
         running_share_by_rank=run.running_share_by_rank,
         peak_in_flight_by_rank=run.peak_in_flight_by_rank,
@@ -171,6 +178,16 @@ def _loss(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.4f}"
 
 
+def _options(costs: CostModel) -> dict[str, Any]:
+    """``costs`` as options of the ``schedule`` section: in mean forwards."""
+    forward = mean(costs.forward)
+    return {
+        "backward_ratio": round(sum(costs.backward) / sum(costs.forward), 2),
+        "link_cost": round(costs.link_latency / forward, 3),
+        "stage_costs": [round(seconds / forward, 2) for seconds in costs.forward],
+    }
+
+
 def _notes(found: Sequence[Row], memory: bool) -> list[str]:
     row = found[0]
     sizes = [each.micro_batches for each in found]
@@ -185,12 +202,17 @@ def _notes(found: Sequence[Row], memory: bool) -> list[str]:
         f"- ratio: samples a second, compared with {row.baseline}. predicted: the same from the plan, with the medians "
         f"of what forwards, backwards, updates and messages took in the run of {row.baseline} (in proportion to the "
         "size of the micro-batches, where that differs).",
+        f"- {row.baseline} measured, as options of a schedule: {json.dumps(_of_baseline(found).measured_options)}.",
         "- waiting: share of the time in which a rank waits for messages. in flight: the most micro-batches forwarded "
         "and not yet backwarded. largest gap: the most updates between a forward and its backward, as measured.",
         *([MEMORY_NOTE] if memory else []),
         f"- train loss: mean of the last {LAST_LOSSES} steps. {_first_losses(found)}",
         *_disturbances(found),
     ]
+
+
+def _of_baseline(found: Sequence[Row]) -> Row:
+    return next(row for row in found if row.name == row.baseline)
 
 
 def _disturbances(found: Sequence[Row]) -> list[str]:

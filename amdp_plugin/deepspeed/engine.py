@@ -76,7 +76,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._reported: dict[tuple[int, int], torch.Tensor] = {}
         self._evaluating = False
         self._loading: Any = None
-        schedule = self._make_schedule()
+        schedule = self._make_schedule(self.micro_batches)
         directions = schedule.placement.directions
         self._feed = Feed(self._pull, self._is_read_here)
         self.random_streams = RandomStreams(directions, random_state, set_random_state, seed_all)
@@ -155,11 +155,14 @@ class ScheduledPipelineEngine(PipelineEngine):
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """As in DeepSpeed. The window gets another size, so the pipeline starts anew with the new program."""
+        size, rest = divmod(train_batch_size, self.train_micro_batch_size_per_gpu() * self.dp_world_size)
+        # Refused, where it makes no window, before anything changes; what does not divide DeepSpeed refuses.
+        schedule = self._make_schedule(self.micro_batches if rest else size)
         self.executor.quiesce()
         before = self.global_steps * self.micro_batches
         super().set_train_batch_size(train_batch_size)
         self._feed.renumber(before, self.global_steps * self.micro_batches)
-        self._build_executor(self._make_schedule())
+        self._build_executor(schedule)
 
     def reset_activation_shape(self) -> None:
         """As in DeepSpeed, on all ranks, when the shapes of the activations are going to change."""
@@ -283,9 +286,9 @@ class ScheduledPipelineEngine(PipelineEngine):
         return (self.stage_id, *self.__dict__.get("guests", ()))
 
 
-    def _make_schedule(self) -> Schedule:
+    def _make_schedule(self, micro_batches: int) -> Schedule:
         meet = must_meet(self.module, self.gradient_clipping(), self.fp16_enabled())
-        return self.settings.make(self.num_stages, self.micro_batches, meet)
+        return self.settings.make(self.num_stages, micro_batches, meet)
 
     def _is_read_here(self, micro_batch: int) -> bool:
         row = self.executor.schedule.placement.ranks[micro_batch % self.executor.schedule.placement.directions]

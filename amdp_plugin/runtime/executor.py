@@ -287,6 +287,7 @@ class Executor:
 
     def _count(self, action: Action) -> None:
         """The window of the backward ``action`` has begun, so that it will not be cancelled."""
+        assert action.window(self.schedule.micro_batches) == self.window, "a stage is updated before the window after"
         self._worker.release(action)
         if action.stage == self._last_stage and self._closes_window(action):
             self._worker.end_of_backwards(*self._window_and_direction(action))

@@ -160,6 +160,21 @@ def test_window_that_changes_its_size(name: str, stages: int, size: int, other: 
             assert_same_weights(held, pipeline.stages[stage].state_dict(), f"stage {stage}")
 
 
+def train_with_a_window_that_does_not_divide(rank: int, job: Job) -> dict[str, Any]:
+    """As :func:`jobs.train`, with an attempt in between."""
+    engine = make_engine(rank, job)
+    batches = stream(engine, job)
+    losses = train(engine, batches, 3)
+    with pytest.raises(ValueError, match="5 micro-batches do not divide over 2 directions; use 4 or 6"):
+        engine.set_train_batch_size(engine.train_batch_size() // job.size * 5)
+    return finish(engine, losses + train(engine, batches, job.windows - 3))
+
+
+def test_window_that_does_not_divide_changes_nothing() -> None:
+    job = Job("amdp", 4, 4)
+    assert_same(run_ranks(4, train_with_a_window_that_does_not_divide, job), run(job))
+
+
 def test_window_that_changes_its_size_as_in_stock() -> None:
     job = Job("1f1b", 3, 2)
     assert_same(run_ranks(3, train_with_other_window, job, 4), run_ranks(3, train_with_other_window, job.stock, 4))
