@@ -14,6 +14,7 @@ from amdp_plugin.cli import main
 from amdp_plugin.deepspeed.compare_picture import picture
 from amdp_plugin.deepspeed.compare_table import rows, table
 from amdp_plugin.deepspeed.compare_trace import trace
+from amdp_plugin.deepspeed.config import read_settings
 from amdp_plugin.deepspeed.measured import Run
 from amdp_plugin.deepspeed.recording import OURS, STOCK, Memory, RankRecord, Step, read_records
 from amdp_plugin.plan.action import FORWARD, UPDATE, Action
@@ -32,7 +33,7 @@ RESULT_KEYS = {
     "seconds_per_step", "tokens_per_second", "samples_per_second", "ratio", "predicted_ratio",
     "predicted_seconds_per_step", "waiting_share_by_rank", "running_share_by_rank", "peak_in_flight_by_rank",
     "memory_by_rank", "largest_gap", "first_train_loss", "final_train_loss", "final_validation_loss", "others_cores",
-    "costs", "losses", "evaluations",
+    "measured_options", "costs", "losses", "evaluations",
 }  # fmt: skip
 COSTS = CostModel((0.2, 0.3, 0.4, 0.5), (0.9, 0.8, 0.7, 0.6), (0.05, 0.06, 0.07, 0.08), link_latency=0.01)
 WINDOWS = 30
@@ -79,6 +80,10 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def check_result(result: dict[str, Any]) -> None:
     stock, paci = result["runs"]
     assert stock.keys() == paci.keys() == RESULT_KEYS
+    options = stock["measured_options"]
+    assert read_settings({"schedule": {"name": "paci", **options}}).costs(2).num_stages == 2, "they can be pasted into a configuration"
+    assert sum(options["stage_costs"]) == pytest.approx(2.0, abs=0.02)
+    assert f"as options of a schedule: {json.dumps(options)}" in printed
     assert (stock["engine"], stock["schedule"], stock["largest_gap"]) == (STOCK, "1f1b", 0)
     assert (paci["engine"], paci["schedule"], paci["largest_gap"]) == (OURS, "paci", 1)
     assert stock["ratio"] == stock["predicted_ratio"] == 1.0
