@@ -68,7 +68,9 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (output / "table.md").read_text() in printed
     assert str(output / "comparison.png") in printed
     assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    check_result(json.loads((output / "result.json").read_text()))
+    result = json.loads((output / "result.json").read_text())
+    check_result(result)
+    assert f"as options of a schedule: {json.dumps(result['runs'][0]['measured_options'])}" in printed
     check_trace(json.loads((output / "comparison.trace.json").read_text()))
     for name in ("stock", "paci"):
         records = read_records(output / "runs" / name)
@@ -81,9 +83,9 @@ def check_result(result: dict[str, Any]) -> None:
     stock, paci = result["runs"]
     assert stock.keys() == paci.keys() == RESULT_KEYS
     options = stock["measured_options"]
-    assert read_settings({"schedule": {"name": "paci", **options}}).costs(2).num_stages == 2, "they can be pasted into a configuration"
+    settings = read_settings({"schedule": {"name": "paci", **options}})  # they can be pasted into a configuration
+    assert settings is not None and settings.costs(2).num_stages == 2
     assert sum(options["stage_costs"]) == pytest.approx(2.0, abs=0.02)
-    assert f"as options of a schedule: {json.dumps(options)}" in printed
     assert (stock["engine"], stock["schedule"], stock["largest_gap"]) == (STOCK, "1f1b", 0)
     assert (paci["engine"], paci["schedule"], paci["largest_gap"]) == (OURS, "paci", 1)
     assert stock["ratio"] == stock["predicted_ratio"] == 1.0
