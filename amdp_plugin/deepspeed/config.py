@@ -39,11 +39,12 @@ class ScheduleSettings(BaseModel):
         Raises:
             ValueError: when ``stage_costs`` are of another number of stages, or no times.
         """
-        forward = tuple(self.stage_costs or (1.0,) * num_stages)
-        if len(forward) != num_stages:
-            raise ValueError(f"stage_costs needs one entry for each of {num_stages} stages, got {len(forward)}")
-        backward = tuple(cost * self.backward_ratio for cost in forward)
-        return CostModel(forward, backward, (0.0,) * num_stages, link_latency=self.link_cost)
+        return CostModel.relative(
+            num_stages,
+            backward_ratio=self.backward_ratio,
+            link_cost=self.link_cost,
+            stage_costs=self.stage_costs or (),
+        )
 
     def make(self, num_stages: int, micro_batches: int, meet: bool = False) -> Schedule:
         """The schedule for a pipeline of ``num_stages`` and ``gradient_accumulation_steps`` of ``micro_batches``.

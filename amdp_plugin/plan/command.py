@@ -34,12 +34,15 @@ class Format(str, Enum):
 
 
 def plan(
-    schedule: Annotated[str, typer.Option(help="Name of the schedule: gpipe, 1f1b, paci, or one of another package.")],
+    schedule: Annotated[str, typer.Option(help="Its name: gpipe, 1f1b, chimera, paci, amdp, or another package's.")],
     stages: Annotated[int, typer.Option(help="Stages of the pipeline.")],
     micro_batches: Annotated[int, typer.Option(help="Micro-batches of a window, that is, of one optimizer step.")],
     windows: Annotated[int, typer.Option(help="Windows to show.")] = 4,
     backward_ratio: Annotated[float, typer.Option(help="Time of a backward, in forwards.")] = 2.0,
     link_cost: Annotated[float, typer.Option(help="Time of a message between ranks, in forwards of one stage.")] = 0.0,
+    stage_costs: Annotated[
+        str | None, typer.Option(help="Time of every stage's forward, where they differ, as in 1,1,1,1.5.")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(help="An option of the schedule, as key=value.")] = None,
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.text,
     out: Annotated[Path | None, typer.Option(help="File to write to, instead of standard output.")] = None,
@@ -52,11 +55,20 @@ def plan(
     if not 0 <= link_cost < inf:
         raise ValueError(f"--link-cost is at least 0, got {link_cost}")
     chosen = schedules.make(schedule, stages, micro_batches, **_read_options(schedule, option or ()))
-    costs = CostModel.uniform(stages, backward_ratio=backward_ratio, link_latency=link_cost)
+    costs = CostModel.relative(
+        stages, backward_ratio=backward_ratio, link_cost=link_cost, stage_costs=_read_costs(stage_costs or "")
+    )
     scheduler = Scheduler(chosen, costs)
     content, deadlock_free = _content(scheduler, windows, format)
     _write(content, out)
     return 0 if deadlock_free else EXIT_DEADLOCK
+
+
+def _read_costs(text: str) -> list[float]:
+    try:
+        return [float(cost) for cost in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"--stage-costs wants numbers, as in 1,1,1,1.5, got {text!r}") from None
 
 
 def _read_options(schedule: str, settings: Sequence[str]) -> dict[str, Any]:

@@ -73,6 +73,26 @@ class CostModel:
             link_latency,
         )
 
+    @classmethod
+    def relative(
+        cls, num_stages: int, *, backward_ratio: float = 2.0, link_cost: float = 0.0, stage_costs: Sequence[float] = ()
+    ) -> CostModel:
+        """Costs in forwards: what users can say of a pipeline that they have not measured.
+
+        Args:
+            backward_ratio: time of a backward, in forwards of its stage.
+            link_cost: time of a message between ranks, in forwards of cost 1.
+            stage_costs: time of every stage's forward; all 1 where it is empty.
+
+        Raises:
+            ValueError: when ``stage_costs`` are of another number of stages, or for a cost that is none.
+        """
+        forward = tuple(stage_costs) or (1.0,) * num_stages
+        if len(forward) != num_stages:
+            raise ValueError(f"stage costs need one entry for each of {num_stages} stages, got {len(forward)}")
+        backward = tuple(cost * backward_ratio for cost in forward)
+        return cls(forward, backward, (0.0,) * num_stages, link_latency=link_cost)
+
     @property
     def num_stages(self) -> int:
         return len(self.forward)

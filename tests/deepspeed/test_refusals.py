@@ -52,7 +52,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "option out of range": (section({"name": "paci", "extra_in_flight": -1}), ["extra_in_flight", "negative", "-1"]),
     "costs of other stages": (
         section({"name": "paci", "stage_costs": [1.0, 1.0, 1.5]}),
-        ["stage_costs needs one entry for each of 2 stages, got 3"],
+        ["stage costs need one entry for each of 2 stages, got 3"],
     ),
     "costs of nothing": (section({"name": "paci", "stage_costs": [1.0, 0.0]}), ["at least a nanosecond"]),
     "backward in no time": (section({"name": "paci", "backward_ratio": 0.0}), ["'backward_ratio'", "greater than 0"]),

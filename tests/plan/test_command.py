@@ -30,6 +30,12 @@ def test_text_by_default():
     assert "rank 3  .    .    .    3F0  3B0  -" in done.stdout
 
 
+def test_stages_of_different_weight():
+    """The heavy one is the bottleneck: 4 x 3 of work every 2 x 3."""
+    heavy = [*PACI, "--micro-batches", "16", "--stage-costs", "1,1,1,2", "--format", "json"]
+    assert json.loads(amdp(*heavy, text=True).stdout)["utilization"] == pytest.approx(5 / 8, abs=0.01)
+
+
 @pytest.mark.parametrize(
     "format,start",
     [("json", b"{\n"), ("csv", b"0F0,0F1,0F2,0F3,0B0,"), ("png", b"\x89PNG"), ("trace", b'{"displayTimeUnit"')],
@@ -70,6 +76,9 @@ def test_json_is_what_was_asked_for(capfdbinary):
         ([*PACI, "--backward-ratio", "0"], "--backward-ratio is above 0, got 0"),
         ([*PACI, "--backward-ratio", "inf"], "--backward-ratio is above 0, got inf"),
         ([*PACI, "--link-cost", "-1"], "--link-cost is at least 0, got -1"),
+        ([*PACI, "--stage-costs", "1,1,x,1"], "--stage-costs wants numbers, as in 1,1,1,1.5, got '1,1,x,1'"),
+        ([*PACI, "--stage-costs", "1,1"], "stage costs need one entry for each of 4 stages, got 2"),
+        ([*PACI, "--stage-costs", "1,1,0,1"], "a forward and a backward take at least a nanosecond each"),
         ([*PACI, "--link-cost", "nan"], "--link-cost is at least 0, got nan"),
         ([*PACI, "--format", "gif"], "'gif' is not one of"),
         ([*PACI, "--option", "extra_in_flight"], "--option wants key=value, got 'extra_in_flight'"),
@@ -97,7 +106,8 @@ def test_a_schedule_that_breaks_its_own_bound_is_refused(capfd, monkeypatch):
 def test_help_names_every_option(capfd):
     assert main(["plan", "--help"]) == 0
     out = capfd.readouterr().out
-    for option in ("schedule", "stages", "micro-batches", "windows", "backward-ratio", "link-cost", "format", "out"):
+    options = "schedule stages micro-batches windows backward-ratio link-cost stage-costs format out"
+    for option in options.split():
         assert f"--{option}" in out
 
 
