@@ -285,7 +285,6 @@ class ScheduledPipelineEngine(PipelineEngine):
             return (self._acting,)
         return (self.stage_id, *self.__dict__.get("guests", ()))
 
-
     def _make_schedule(self, micro_batches: int) -> Schedule:
         meet = must_meet(self.module, self.gradient_clipping(), self.fp16_enabled())
         return self.settings.make(self.num_stages, micro_batches, meet)

@@ -41,7 +41,16 @@ def test_processes_equal_the_oracle(schedule: str, stages: int, size: int, kind:
 @pytest.mark.parametrize("kind", ["plain", "recomputed", "tuples", "counting"])
 @pytest.mark.parametrize(
     ("stages", "size", "options"),
-    [(2, 2, {}), (4, 2, {}), (4, 8, {}), (4, 4, {"directions": 1}), (6, 6, {}), (8, 8, {}), (8, 8, {"directions": 2})],
+    [
+        (2, 2, {}),
+        (4, 2, {}),
+        (4, 8, {}),
+        (4, 4, {"directions": 1}),
+        (6, 6, {}),
+        (6, 12, {"directions": 2}),
+        (8, 8, {}),
+        (8, 8, {"directions": 2}),
+    ],
 )
 def test_amdp(stages: int, size: int, options: dict[str, int], kind: str) -> None:
     """Replicas add up in one order, home first, so that their runs are equal bit for bit, too."""
