@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE
 from .costs import TICKS_PER_SECOND
+from .placement import Placement
 from .report import Report
 from .simulate import Timing
 
@@ -39,6 +40,7 @@ MARGINS = (0.6, 0.3, 0.68, 0.8)
 """Inches left, right, above (title) and below (axis, legend)."""
 SMALLEST_TEXT, LARGEST_TEXT = 4.5, 8.0
 """Points."""
+INCHES_PER_LETTER = 0.055
 DIGIT_WIDTH = 0.66
 """Width of a digit with its share of the margin, in text sizes."""
 
@@ -64,6 +66,8 @@ def png(timing: Timing, report: Report) -> bytes:
     end = max((bar.start + bar.length for bar in bars), default=1.0)
     ranks = len(timing.spans)
     left, right, above, below = MARGINS
+    labels = _rank_labels(timing.program.schedule.placement)
+    left += max(map(len, labels)) * INCHES_PER_LETTER
     width = min(WIDEST, max(NARROWEST, left + right + end * INCHES_PER_FORWARD))
     height = above + below + ranks * INCHES_PER_RANK
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH)
@@ -74,7 +78,7 @@ def png(timing: Timing, report: Report) -> bytes:
     axes.set_ylim(ranks - 0.5, -0.5)
     _draw_numbers(axes, bars, (width - left - right) / end)
     _draw_updates(axes, bars)
-    _label(axes, report)
+    _label(axes, report, labels)
     _add_legend(figure, bars)
     content = io.BytesIO()
     figure.savefig(content, format="png")
@@ -135,7 +139,15 @@ def _draw_updates(axes: Axes, bars: Sequence[Bar]) -> None:
             axes.scatter(times, heights, marker=marker, facecolors=face, clip_on=False, **style)
 
 
-def _label(axes: Axes, report: Report) -> None:
+def _rank_labels(placement: Placement) -> list[str]:
+    """Every rank's number and, where it holds several stages, those: its home first."""
+    if all(len(stages) == 1 for stages in placement.stages):
+        return [str(rank) for rank in range(placement.num_ranks)]
+    held = [sorted(stages, key=lambda s: placement.home(s) != rank) for rank, stages in enumerate(placement.stages)]
+    return [f"{rank}:  {' '.join(map(str, stages))}" for rank, stages in enumerate(held)]
+
+
+def _label(axes: Axes, report: Report, rank_labels: list[str]) -> None:
     gap = f"{report.max_version_gap} update{'' if report.max_version_gap == 1 else 's'}"
     options = "".join(f", {name} = {value}" for name, value in report.options.items() if value)
     axes.set_title(
@@ -147,8 +159,8 @@ def _label(axes: Axes, report: Report) -> None:
         pad=10,
     )
     axes.set_xlabel("time, in forwards of one stage", fontsize=9)
-    axes.set_ylabel("rank", fontsize=9)
-    axes.set_yticks(range(report.ranks))
+    axes.set_ylabel("rank" if rank_labels[0] == "0" else "rank:  its stages, home first", fontsize=9)
+    axes.set_yticks(range(report.ranks), rank_labels)
     axes.tick_params(labelsize=8, length=3)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 
 from amdp_plugin.plan import schedules
 from amdp_plugin.plan.costs import CostModel
-from amdp_plugin.plan.picture import png
+from amdp_plugin.plan.picture import _rank_labels, png
+from amdp_plugin.plan.placement import Placement
 from amdp_plugin.plan.program import Program
 from amdp_plugin.plan.render import text_grid
 from amdp_plugin.plan.report import report
@@ -159,3 +160,9 @@ def test_picture(schedule):
     pixels = matplotlib_image.imread(io.BytesIO(content), format="png")
     colours = {tuple(colour) for colour in (pixels[::3, ::3, :3] * 255).round().astype(int).reshape(-1, 3).tolist()}
     assert {(0x2F, 0x6D, 0xB5), (0xD1, 0x63, 0x1B), (0x5F, 0x95, 0xD0), (0xE7, 0x8A, 0x47)} <= colours
+
+
+def test_ranks_with_several_stages_say_which():
+    """The home first; one stage a rank needs no words."""
+    assert _rank_labels(Placement.complementary(8, 4))[3] == "3:  3 0 4 7"
+    assert _rank_labels(Placement.one_direction(3)) == ["0", "1", "2"]
