@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ from ..plan.report import report
 from ..plan.schedule import Schedule
 from ..plan.scheduler import Scheduler
 from ..runtime.channels import Channels
-from ..runtime.exchange import Exchange, links
+from ..runtime.exchange import Exchange, gradient_links, weight_links
 from ..runtime.executor import Executor, keep_sent
 from ..runtime.feed import Feed
 from ..runtime.random_streams import RandomStreams
@@ -76,7 +77,9 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._reported: dict[tuple[int, int], torch.Tensor] = {}
         self._evaluating = False
         self._loading: Any = None
-        schedule = self._make_schedule(self.micro_batches)
+        self._at_rest = True
+        scheduler = self._plan(self._make_schedule(self.micro_batches))
+        schedule = scheduler.schedule
         directions = schedule.placement.directions
         self._feed = Feed(self._pull, self._is_read_here)
         self.random_streams = RandomStreams(directions, random_state, set_random_state, seed_all)
@@ -86,12 +89,14 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._exchange: Exchange | None = None
         self.guests, self.replicas = build_replicas(self, schedule.placement)
         if schedule.reduces:
-            transport = self._make_transport(links(schedule.placement))
-            self._exchange = Exchange(schedule.placement, self.replicas, transport, self._watch)
+            placement = schedule.placement
+            gradients = self._make_transport(gradient_links(placement))
+            weights = self._make_transport(weight_links(placement))
+            self._exchange = Exchange(placement, self.replicas, gradients, weights, self._watch)
         self._copy_home()
         if self._loader is not None:
             super().set_dataloader(self._loader)  # again: now it is known who reads
-        self._build_executor(schedule)
+        self._build_executor(scheduler)
         self._norm_grid = self.mpu if self.updates_meet else StageGrid(self.mpu)
         if self._norm_grid is not self.mpu:
             make_stage_local(self.optimizer, self._norm_grid)
@@ -113,10 +118,18 @@ class ScheduledPipelineEngine(PipelineEngine):
         """
         if data_iter is not None:
             self.set_dataiterator(data_iter)
-        self._window = list(self.executor.open_window())
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
+        self._at_rest = False
+        try:
+            self._window = list(self.executor.open_window())
+        except StopIteration:
+            self._at_rest = True
+            raise
         with self._acting_as(self.stage_id):
             loss = super().train_batch()
         self.executor.close_window()
+        self._at_rest = True
         self._write_events()
         return loss
 
@@ -126,7 +139,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         with self._aside(), self._acting_as(self.stage_id), self._watch.guard("evaluation", None):
             return super().eval_batch(data_iter, *args, **kwargs)
 
-    def save_checkpoint(self, save_dir: str, tag: Any = None, **kwargs: Any) -> Any:
+    def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's checkpoint, which stock 1F1B loads too, with the random state of every rank beside it.
 
         What is in flight is cancelled first and forwarded anew afterwards, so that a run resumed from the
@@ -134,9 +147,9 @@ class ScheduledPipelineEngine(PipelineEngine):
         """
         self.executor.quiesce()
         self._copy_home()  # a resumed run has the home's buffers everywhere
-        saved = super().save_checkpoint(save_dir, tag=tag, **kwargs)
-        states = self.random_streams.states()
-        save_random_states(states, save_dir, tag or f"global_step{self.global_steps}", self.global_rank)
+        saved = super().save_checkpoint(save_dir, tag, *args, **kwargs)
+        tag = f"global_step{self.global_steps}" if tag is None else tag
+        save_random_states(self.random_streams.states(), save_dir, tag, self.global_rank)
         return saved
 
     def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -162,7 +175,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         before = self.global_steps * self.micro_batches
         super().set_train_batch_size(train_batch_size)
         self._feed.renumber(before, self.global_steps * self.micro_batches)
-        self._build_executor(schedule)
+        self._build_executor(self._plan(schedule))
 
     def reset_activation_shape(self) -> None:
         """As in DeepSpeed, on all ranks, when the shapes of the activations are going to change."""
@@ -228,7 +241,7 @@ class ScheduledPipelineEngine(PipelineEngine):
     def clip_fp32_gradients(self) -> None:
         parameters, limit = list(self.module.parameters()), self.gradient_clipping()
         if self.updates_meet and not self.executor.schedule.flush:
-            clip_by_whole_norm(parameters, limit, self.mpu)
+            clip_by_whole_norm(parameters, limit, self.mpu, self.device)
         else:
             clip_grad_norm_(parameters, limit, mpu=self._norm_grid)
 
@@ -308,12 +321,15 @@ class ScheduledPipelineEngine(PipelineEngine):
             modules = {self.stage_id: self.module, **self.guests}
             self._exchange.copy_home({stage: layers(modules[stage]) for stage in self.replicas})
 
-    def _build_executor(self, schedule: Schedule) -> None:
-        """Plan, prove, announce and wire up the program for the present window size."""
+    def _plan(self, schedule: Schedule) -> Scheduler:
+        """The program, on which all ranks agree, before anything is made for it."""
         scheduler = Scheduler(schedule, self.settings.costs(self.num_stages))
-        schedule = scheduler.schedule
         agree(self, scheduler)
-        planned = report(scheduler, windows=1)
+        return scheduler
+
+    def _build_executor(self, scheduler: Scheduler) -> None:
+        """Prove, announce and wire up the program for the present window size."""
+        schedule, planned = scheduler.schedule, report(scheduler, windows=1)
         if self._channels is not None:
             self._channels.keep_sent = keep_sent(schedule)
         elif self.num_stages > 1:
@@ -326,7 +342,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         announce(self, planned)
 
     def _pull(self) -> Any:
-        if self.data_iterator is None:
+        if self.data_iterator is None and self.batch_fn is None:  # batch_fn may get it from other ranks
             raise ValueError("there is no data: pass train_batch(data_iter=...), or training_data to initialize()")
         return super()._next_batch()
 
@@ -366,8 +382,8 @@ class ScheduledPipelineEngine(PipelineEngine):
 
 
 def _close(reference: weakref.ref[ScheduledPipelineEngine]) -> None:
-    """See this rank's last messages out before the process ends, where all ended well."""
+    """See this rank's last messages out before the process ends, where all ended well: others may wait for them."""
     engine = reference()
-    if engine is not None:
+    if engine is not None and engine._at_rest and not hasattr(sys, "last_value"):
         with suppress(PipelineStallError):
             engine.executor.quiesce()

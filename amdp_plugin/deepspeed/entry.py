@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
+from base64 import urlsafe_b64decode
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import hjson  # type: ignore[import-untyped]
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch import nn
@@ -54,15 +55,29 @@ def uninstall() -> None:
 
 
 def _user_config(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The configuration as the user gave it: a dict, or a path to JSON; empty where DeepSpeed has to judge it."""
+    """The configuration as the user gave it: a dict, a path to (h)json, or its text in base64; empty where DeepSpeed
+    has to judge it."""
     given = arguments.get("config") or arguments.get("config_params")
     given = given or getattr(arguments.get("args"), "deepspeed_config", None)
     if isinstance(given, Mapping):
         return given
-    if isinstance(given, str | Path) and Path(given).is_file():
-        loaded = json.loads(Path(given).read_text())
-        return loaded if isinstance(loaded, Mapping) else {}
-    return {}
+    if not isinstance(given, str | Path):
+        return {}
+    try:
+        text = Path(given).read_text() if Path(given).is_file() else urlsafe_b64decode(str(given)).decode()
+        loaded = hjson.loads(text)
+    except ValueError:  # no base64, no text, no (h)json: DeepSpeed's to say
+        return {}
+    return loaded if isinstance(loaded, Mapping) else {}
+
+
+def _window(config: Mapping[str, Any], replicas: int) -> int:
+    """Micro-batches of a window, which DeepSpeed derives where the configuration does not say."""
+    given = config.get("gradient_accumulation_steps")
+    whole, micro = config.get("train_batch_size"), config.get("train_micro_batch_size_per_gpu")
+    if given is None and whole and micro:
+        given = whole // (micro * replicas)
+    return max(1, given or 1)
 
 
 def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettings) -> None:
@@ -78,7 +93,7 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
     tied, fp16 = tied_across_stages(model), enabled(config, "fp16")
     clipping = config.get("gradient_clipping", 1.0)  # DeepSpeed's default
     meet = must_meet(model, clipping, fp16)
-    size = max(1, config.get("gradient_accumulation_steps") or 1)
+    size = _window(config, grid.data_parallel_size)
     schedule = settings.make(grid.pipe_parallel_size, size, meet)
     settings.costs(schedule.num_stages)  # refuses what is wrong with them
     if schedule.update_delay:

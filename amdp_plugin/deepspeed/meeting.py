@@ -62,7 +62,7 @@ def make_stage_local(optimizer: Any, grid: StageGrid) -> None:
 
 
 @torch.no_grad()
-def clip_by_whole_norm(parameters: Iterable[nn.Parameter], limit: float, grid: Any) -> None:
+def clip_by_whole_norm(parameters: Iterable[nn.Parameter], limit: float, grid: Any, device: Any) -> None:
     """Scale the gradients of this stage so that those of the whole model have a norm of at most ``limit``.
 
     Counts every parameter once, where DeepSpeed's ``clip_grad_norm_`` counts those of stage 0 alone: it takes the rank
@@ -75,7 +75,6 @@ def clip_by_whole_norm(parameters: Iterable[nn.Parameter], limit: float, grid: A
             once = grid.get_slice_parallel_rank() == 0 or is_model_parallel_parameter(parameter)
             if once and not getattr(parameter, "ds_pipe_replicated", False):
                 counted.append(parameter.grad.float().norm())
-    device = gradients[0].device if gradients else None
     squares = torch.stack(counted).square().sum() if counted else torch.zeros((), device=device)
     dist.all_reduce(squares, group=grid.get_model_parallel_group())
     coefficient = torch.clamp(limit / (squares.sqrt() + 1e-6), max=1.0)

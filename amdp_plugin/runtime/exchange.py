@@ -37,10 +37,14 @@ class _Sent(NamedTuple):
     tensor: Tensor
 
 
-def links(placement: Placement) -> set[tuple[int, int]]:
-    """The directed pairs of ranks that exchange gradients or weights."""
-    pairs = {(home, guest) for home, *guests in placement.holders for guest in guests}
-    return pairs | {(guest, home) for home, guest in pairs}
+def weight_links(placement: Placement) -> set[tuple[int, int]]:
+    """The directed pairs (home, guest) of ranks over which new weights go."""
+    return {(home, guest) for home, *guests in placement.holders for guest in guests}
+
+
+def gradient_links(placement: Placement) -> set[tuple[int, int]]:
+    """The directed pairs (guest, home) of ranks over which gradients go."""
+    return {(guest, home) for home, guest in weight_links(placement)}
 
 
 class Exchange:
@@ -49,14 +53,22 @@ class Exchange:
     Args:
         placement: who holds what.
         replicas: the stages on this rank that others hold too.
-        transport: messages between homes and guests alone, apart from those of the pipelines.
+        gradients: messages over :func:`gradient_links` alone. Two ranks may be guests of each other, and NCCL has no
+            tags: gradients one way and weights the same way must not share a communicator.
+        weights: messages over :func:`weight_links` alone.
         watch: bounds and records the waits.
     """
 
     def __init__(
-        self, placement: Placement, replicas: Mapping[int, Replica], transport: Transport, watch: Watch
+        self,
+        placement: Placement,
+        replicas: Mapping[int, Replica],
+        gradients: Transport,
+        weights: Transport,
+        watch: Watch,
     ) -> None:
-        self._holders, self._replicas, self._transport, self._watch = placement.holders, replicas, transport, watch
+        self._holders, self._replicas, self._watch = placement.holders, replicas, watch
+        self._transports = {GRADIENT_TAG: gradients, WEIGHT_TAG: weights}
         self._homes = {stage: replica for stage, replica in replicas.items() if isinstance(replica, Home)}
         self._free = {
             stage: [home.gradient_buffers() for _ in range(min(RECEIVE_BUFFERS, len(self._holders[stage]) - 1))]
@@ -106,7 +118,7 @@ class Exchange:
         replica, home = self._replicas[action.stage], self._holders[action.stage][0]
         assert isinstance(replica, Guest)
         with self._watch.guard("receiving", action, home):
-            incoming = [self._transport.receive(flat, home, WEIGHT_TAG) for flat in replica.weights]
+            incoming = [self._receive(flat, home, WEIGHT_TAG) for flat in replica.weights]
         self._arriving[action.stage] = (action, incoming)
 
     def settle(self, stage: int) -> None:
@@ -139,7 +151,7 @@ class Exchange:
                 self._send(action, tensors, guests, WEIGHT_TAG)
                 continue
             for tensor in tensors:
-                incoming = self._transport.receive(torch.empty_like(tensor), home, WEIGHT_TAG)
+                incoming = self._receive(torch.empty_like(tensor), home, WEIGHT_TAG)
                 self._wait([incoming], action, home)
                 tensor.copy_(incoming.finish())
         self.drain()
@@ -149,7 +161,7 @@ class Exchange:
         if self._to_come[stage]:
             guest, buffers = self._to_come[stage].popleft(), self._free[stage].pop()
             with self._watch.guard("receiving", action, guest):
-                incoming = [self._transport.receive(buffer, guest, GRADIENT_TAG) for buffer in buffers]
+                incoming = [self._receive(buffer, guest, GRADIENT_TAG) for buffer in buffers]
             self._receiving[stage].append(_Receiving(guest, buffers, incoming))
 
     def _send(self, action: Action, tensors: Iterable[Tensor], receivers: Iterable[int], tag: int) -> None:
@@ -157,7 +169,10 @@ class Exchange:
         for receiver in receivers:
             with self._watch.guard("sending", action, receiver):
                 for tensor in tensors:
-                    kept.append(_Sent(action, receiver, *self._transport.send(tensor, receiver, tag)))
+                    kept.append(_Sent(action, receiver, *self._transports[tag].send(tensor, receiver, tag)))
+
+    def _receive(self, target: Tensor, sender: int, tag: int) -> Incoming:
+        return self._transports[tag].receive(target, sender, tag)
 
     def _wait(self, incoming: Iterable[Incoming], action: Action, sender: int) -> None:
         for message in incoming:

@@ -45,7 +45,7 @@ def save_and_go_on(rank: int, job: Job, directory: Path) -> dict[str, Any]:
     engine = make_engine(rank, job)
     batches = stream(engine, job)
     train(engine, batches, HALF)
-    engine.save_checkpoint(str(directory), client_state={"note": 7})
+    engine.save_checkpoint(str(directory), None, {"note": 7})  # by position, as stock allows
     return finish(engine, train(engine, batches, HALF))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,39 @@ def test_training_data_is_read_as_in_stock() -> None:
 
 def train_without_data(rank: int, job: Job) -> None:
     make_engine(rank, job).train_batch()
+
+
+def train_by_batch_fn(rank: int, job: Job) -> dict[str, Any]:
+    """No iterator: ``batch_fn`` brings the micro-batches, as where one tensor-parallel rank reads for all."""
+    engine = make_engine(rank, job)
+    batches = stream(engine, job)
+    engine.set_batch_fn(lambda batch: next(batches) if batch is None else batch)
+    return finish(engine, train(engine, None, job.windows))
+
+
+def test_data_by_batch_fn_alone() -> None:
+    job = Job("amdp", 4, 4)
+    assert_same(run_ranks(4, train_by_batch_fn, job), run(job))
+
+
+def exit_after(rank: int, job: Job, at_rest: bool) -> list[str]:
+    """Which engines are seen out when the process ends between two windows, or within one."""
+    engine = make_engine(rank, job)
+    train(engine, stream(engine, job), 2)
+    engine._at_rest = at_rest
+    seen: list[str] = []
+    quiesce = engine.executor.quiesce
+    engine.executor.quiesce = lambda: seen.append("quiesced")
+    engine_module._close(weakref.ref(engine))
+    quiesce()
+    return seen
+
+
+def test_a_process_that_fails_within_a_window_ends_at_once() -> None:
+    """Its peers wait for it: it must not wait for them."""
+    job = Job("paci", 2, 2)
+    assert run_ranks(2, exit_after, job, True) == [["quiesced"]] * 2
+    assert run_ranks(2, exit_after, job, False) == [[]] * 2
 
 
 def test_no_data_at_all_is_an_error() -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from base64 import urlsafe_b64encode
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,14 +53,15 @@ def by_every_path(rank: int, file: Path) -> list[str]:
         make(amdp_plugin.initialize, job, config=str(file)),
         make(amdp_plugin.initialize, job, config_params=configuration(job)),
         make(amdp_plugin.initialize, job, args=SimpleNamespace(deepspeed_config=str(file), local_rank=rank)),
+        make(amdp_plugin.initialize, job, config=urlsafe_b64encode(file.read_bytes()).decode()),
     ]
 
 
 def test_configuration_by_every_path(tmp_path: Path) -> None:
-    """A dict, a file, the old name of the argument, and the command line."""
+    """A dict, a file with comments as DeepSpeed allows, the old name of the argument, the command line, and base64."""
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(configuration(Job("paci"))))
-    assert run_ranks(2, by_every_path, file) == [["ScheduledPipelineEngine"] * 4] * 2
+    file.write_text("# as hjson\n" + json.dumps(configuration(Job("paci"))))
+    assert run_ranks(2, by_every_path, file) == [["ScheduledPipelineEngine"] * 5] * 2
 
 
 def install_and_uninstall(rank: int) -> list[str]:

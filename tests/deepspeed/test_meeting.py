@@ -115,9 +115,9 @@ def norm_at_clipping(rank: int, job: Job) -> float:
     found: list[float] = []
     clip = engine_module.clip_by_whole_norm
 
-    def watched(parameters: list[nn.Parameter], limit: float, grid: Any) -> None:
+    def watched(parameters: list[nn.Parameter], limit: float, *others: Any) -> None:
         before = parameters[0].grad.clone()
-        clip(parameters, limit, grid)
+        clip(parameters, limit, *others)
         found.append(limit * float(before.norm() / parameters[0].grad.norm()))
 
     engine_module.clip_by_whole_norm = watched

@@ -11,7 +11,7 @@ import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from torch import nn
 
-from tests.runtime.models import OPTIMIZERS
+from tests.runtime.models import OPTIMIZERS, ROWS
 
 from .jobs import Job, assert_equals_oracle, oracle, run
 
@@ -139,6 +139,11 @@ def test_amdp(stages: int, size: int, options: dict[str, Any]) -> None:
     """Home and guests of every stage. The sum over replicas is taken in one order, so this is bit for bit, too."""
     optimizer = {2: "sgd", 4: "adamw", 6: "sgd", 8: "fused"}[stages]
     check(Job({"name": "amdp", **options}, stages, size, optimizer=optimizer))
+
+
+def test_amdp_with_a_window_that_deepspeed_derives() -> None:
+    config = {"gradient_accumulation_steps": None, "train_batch_size": 4 * ROWS}
+    check(Job("amdp", 4, 4, config=config))
 
 
 @pytest.mark.parametrize("kind", ["tuples", "recomputed", "counting", "masked"])

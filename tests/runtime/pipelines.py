@@ -62,8 +62,10 @@ def make_executor(
     worker = StageWorker(schedule, rank, modules, optimizers, loss, micro_batches)
     exchange = None
     if worker.replicas:
-        transport = Transport(range(case.stages), (), torch.device("cpu"), timeout_seconds)
-        exchange = Exchange(placement, worker.replicas, transport, watch)
+        gradients, weights = (
+            Transport(range(case.stages), (), torch.device("cpu"), timeout_seconds) for _ in range(2)
+        )
+        exchange = Exchange(placement, worker.replicas, gradients, weights, watch)
     torch.manual_seed(100 + rank)
     return Executor(scheduler, rank, worker, channels, watch, exchange), worker
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from amdp_plugin.plan.action import Action
+from amdp_plugin.plan.placement import Placement
 from amdp_plugin.runtime.channels import BufferPool, Signature
+from amdp_plugin.runtime.exchange import gradient_links, weight_links
 from amdp_plugin.runtime.watch import PipelineStallError, Watch
 from tests.processes import outcomes, run_ranks
 
@@ -197,3 +199,15 @@ def directions(rank: int) -> list[object]:
 
 def test_every_direction_has_its_own_order_of_control_messages() -> None:
     assert run_ranks(2, directions)[1] == [True, False, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("stages", "directions"), [(4, 2), (8, 4), (12, 6)])
+def test_gradients_and_weights_share_no_link(stages: int, directions: int) -> None:
+    """Two ranks may be guests of each other, so that both kinds go the same way; NCCL could not tell them apart. On
+    each of the two link sets a pair carries one stage alone, window by window."""
+    placement = Placement.complementary(stages, directions)
+    for links, first in ((weight_links(placement), 0), (gradient_links(placement), 1)):
+        of_stage = [(home, guest) for home, *guests in placement.holders for guest in guests]
+        pairs = [pair if first == 0 else pair[::-1] for pair in of_stage]
+        assert sorted(links) == sorted(pairs) and len(set(pairs)) == len(pairs)
+    assert weight_links(placement) & gradient_links(placement), "such pairs exist"
