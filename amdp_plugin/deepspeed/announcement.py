@@ -48,7 +48,7 @@ def announce(engine: Any, planned: Report) -> None:
 def _clipping(engine: Any) -> str:
     if engine.gradient_clipping() <= 0:
         return "gradient clipping: off"
-    scope = "the whole model" if engine.updates_meet else "each stage by its own norm"
+    scope = "the whole model" if engine.executor.schedule.updates_meet else "each stage by its own norm"
     return f"gradient clipping: {scope}, at {engine.gradient_clipping()}"
 
 

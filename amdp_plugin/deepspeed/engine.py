@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,9 @@ class ScheduledPipelineEngine(PipelineEngine):
     is_pipe_parallel: bool
     total_loss: Any
     total_additional_losses: Any
+    # Read and set while DeepSpeed's own __init__ runs
+    _acting: int | None = None
+    _loader: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,7 +85,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         scheduler = self._plan(self._make_schedule(self.micro_batches))
         schedule = scheduler.schedule
         directions = schedule.placement.directions
-        self._feed = Feed(self._pull, self._is_read_here)
+        self._feed = Feed(self._pull, partial(schedule.placement.is_end, self.stage_id))
         self.random_streams = RandomStreams(directions, random_state, set_random_state, seed_all)
         self._watch = Watch(self.stage_id, settings.timeout_seconds)
         bound_collectives(self.grid, settings.timeout_seconds)
@@ -97,7 +101,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         if self._loader is not None:
             super().set_dataloader(self._loader)  # again: now it is known who reads
         self._build_executor(scheduler)
-        self._norm_grid = self.mpu if self.updates_meet else StageGrid(self.mpu)
+        self._norm_grid = self.mpu if schedule.updates_meet else StageGrid(self.mpu)
         if self._norm_grid is not self.mpu:
             make_stage_local(self.optimizer, self._norm_grid)
         atexit.register(_close, weakref.ref(self))
@@ -205,11 +209,6 @@ class ScheduledPipelineEngine(PipelineEngine):
         """The sums of gradients of this rank's guests."""
         return (flat for replica in self.replicas.values() if isinstance(replica, Guest) for flat in replica.gradients)
 
-    @property
-    def updates_meet(self) -> bool:
-        """Whether all stages update at one point of the program, so that norms are the whole model's."""
-        return self.executor.schedule.flush or self.executor.schedule.together
-
     # What DeepSpeed calls
 
     def _train_schedule(self) -> WindowSchedule:
@@ -240,7 +239,8 @@ class ScheduledPipelineEngine(PipelineEngine):
 
     def clip_fp32_gradients(self) -> None:
         parameters, limit = list(self.module.parameters()), self.gradient_clipping()
-        if self.updates_meet and not self.executor.schedule.flush:
+        schedule = self.executor.schedule
+        if schedule.updates_meet and not schedule.flush:
             clip_by_whole_norm(parameters, limit, self.mpu, self.device)
         else:
             clip_grad_norm_(parameters, limit, mpu=self._norm_grid)
@@ -281,9 +281,6 @@ class ScheduledPipelineEngine(PipelineEngine):
 
     # How
 
-    _acting: int | None = None
-    _loader: Any = None
-
     @contextmanager
     def _acting_as(self, stage: int) -> Iterator[None]:
         """Let DeepSpeed's instructions take this engine for that of ``stage`` alone."""
@@ -301,10 +298,6 @@ class ScheduledPipelineEngine(PipelineEngine):
     def _make_schedule(self, micro_batches: int) -> Schedule:
         meet = must_meet(self.module, self.gradient_clipping(), self.fp16_enabled())
         return self.settings.make(self.num_stages, micro_batches, meet)
-
-    def _is_read_here(self, micro_batch: int) -> bool:
-        row = self.executor.schedule.placement.ranks[micro_batch % self.executor.schedule.placement.directions]
-        return self.stage_id in (row[0], row[-1])
 
     def _num_buffers(self, schedule: Schedule) -> int:
         """The most micro-batches that are in flight on the home stage at once."""

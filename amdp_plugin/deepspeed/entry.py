@@ -104,7 +104,7 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
     learns = isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters())
     if schedule.reduces and learns:
         refuse("its last stage runs on several ranks, so loss_fn cannot have weights to train; make it the last layer")
-    if schedule.flush or schedule.together:
+    if schedule.updates_meet:
         return
     if tied:
         refuse(

@@ -58,6 +58,11 @@ class Placement:
         """The rank on which ``stage`` works on ``micro_batch``."""
         return self.ranks[micro_batch % len(self.ranks)][stage]
 
+    def is_end(self, rank: int, micro_batch: int) -> bool:
+        """Whether ``rank`` runs the first or the last stage for ``micro_batch``, and so needs its data."""
+        row = self.ranks[micro_batch % len(self.ranks)]
+        return rank in (row[0], row[-1])
+
     def home(self, stage: int) -> int:
         """The rank that keeps the optimizer state of ``stage``."""
         return self.ranks[0][stage]

@@ -109,6 +109,11 @@ class Schedule:
         """Whether some stage lives on several ranks, so that their gradients must meet."""
         return any(len(holders) > 1 for holders in self.placement.holders)
 
+    @property
+    def updates_meet(self) -> bool:
+        """Whether all stages update at one point, where they can decide together: on a norm or a loss scale."""
+        return self.flush or self.together
+
     def backwards_per_window(self, rank: int, stage: int) -> int:
         """Backwards of ``stage`` that ``rank`` runs in one window."""
         directions = sum(row[stage] == rank for row in self.placement.ranks)

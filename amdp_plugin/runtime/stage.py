@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,8 +129,7 @@ class StageWorker:
             if len(schedule.placement.holders[stage]) > 1
         }
         self.streams = RandomStreams(self._directions)
-        ends = [direction for direction, row in enumerate(schedule.placement.ranks) if rank in (row[0], row[-1])]
-        self._feed = Feed(lambda: next(data), lambda number: number % self._directions in ends) if data else None
+        self._feed = Feed(lambda: next(data), partial(schedule.placement.is_end, rank)) if data else None
 
     def has_window(self, window: int) -> bool:
         assert self._feed is not None, "the ranks of first and last stages need data"

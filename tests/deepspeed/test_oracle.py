@@ -12,6 +12,7 @@ from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from torch import nn
 
 from tests.runtime.models import OPTIMIZERS, ROWS
+from tests.runtime.pipelines import AMDP_SHAPES
 
 from .jobs import Job, assert_equals_oracle, oracle, run
 
@@ -120,16 +121,10 @@ def test_zero_1(optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("stages", "size", "options"),
     [
-        (2, 2, {}),
-        (4, 2, {}),
-        (4, 8, {}),
-        (4, 4, {"directions": 1}),
-        (6, 6, {}),
+        *AMDP_SHAPES,
         (6, 6, {"directions": 1}),
         (6, 6, {"directions": 2}),
-        (8, 8, {}),
         (8, 8, {"directions": 1}),
-        (8, 8, {"directions": 2}),
         (4, 8, {"updates": "together"}),
         (8, 8, {"updates": "together"}),
         (4, 4, {"preload": 0}),

@@ -19,6 +19,17 @@ from amdp_plugin.runtime.watch import Watch
 
 from .models import OPTIMIZERS, build_stages, data, loss
 
+AMDP_SHAPES: list[tuple[int, int, dict[str, Any]]] = [
+    (2, 2, {}),
+    (4, 2, {}),
+    (4, 8, {}),
+    (4, 4, {"directions": 1}),
+    (6, 6, {}),
+    (8, 8, {}),
+    (8, 8, {"directions": 2}),
+]
+"""Stages, micro-batches of a window and options: windows below, at and above the stages, from one direction to N/2."""
+
 
 class Case(NamedTuple):
     """One training job: the same on every rank and in the oracle."""
@@ -57,7 +68,7 @@ def make_executor(
         for stage, module in modules.items()
         if placement.home(stage) == rank
     }
-    reads = any(rank in (row[0], row[-1]) for row in placement.ranks)
+    reads = any(placement.is_end(rank, micro_batch) for micro_batch in range(placement.directions))
     micro_batches = (data(case.dtype) if feed is None else feed) if reads else None
     worker = StageWorker(schedule, rank, modules, optimizers, loss, micro_batches)
     exchange = None

@@ -13,7 +13,7 @@ from amdp_plugin.plan.simulate import in_flight
 from tests.processes import run_ranks
 
 from .models import data
-from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, result
+from .pipelines import AMDP_SHAPES, Case, assert_equals_oracle, make_executor, make_oracle, result
 
 
 def train(rank: int, windows: int, case: Case) -> dict[str, Any]:
@@ -41,16 +41,7 @@ def test_processes_equal_the_oracle(schedule: str, stages: int, size: int, kind:
 @pytest.mark.parametrize("kind", ["plain", "recomputed", "tuples", "counting"])
 @pytest.mark.parametrize(
     ("stages", "size", "options"),
-    [
-        (2, 2, {}),
-        (4, 2, {}),
-        (4, 8, {}),
-        (4, 4, {"directions": 1}),
-        (6, 6, {}),
-        (6, 12, {"directions": 2}),
-        (8, 8, {}),
-        (8, 8, {"directions": 2}),
-    ],
+    [*AMDP_SHAPES, (6, 12, {"directions": 2})],
 )
 def test_amdp(stages: int, size: int, options: dict[str, int], kind: str) -> None:
     """Replicas add up in one order, home first, so that their runs are equal bit for bit, too."""
