@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from .deepspeed.command import CompareCommand, compare
+from .compare.command import CompareCommand, compare
 from .plan.command import plan
 
 EXIT_FAILURE = 1

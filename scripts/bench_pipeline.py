@@ -32,10 +32,10 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 import amdp_plugin
-from amdp_plugin.deepspeed.machine import cores, describe, others_seconds
-from amdp_plugin.deepspeed.measured import Run
+from amdp_plugin.compare.machine import cores, describe, others_seconds
+from amdp_plugin.compare.measured import Run
+from amdp_plugin.compare.recording import STOCK, RankRecord, read_records
 from amdp_plugin.deepspeed.record import Recorder
-from amdp_plugin.deepspeed.recording import STOCK, RankRecord, read_records
 
 GROUP_TIMEOUT = timedelta(minutes=5)
 

@@ -10,20 +10,20 @@ import torch
 from deepspeed import comm
 from torch import Tensor, nn
 
+from ..plan.planner import Planner
 from ..plan.report import Report
-from ..plan.scheduler import Scheduler
 from .guests import sum_dtype
 
 MEBIBYTE = 2**20
 
 
-def agree(engine: Any, scheduler: Scheduler) -> None:
+def agree(engine: Any, planner: Planner) -> None:
     """Make sure that all ranks of the pipeline are going to run one program.
 
     Raises:
         ValueError: on every rank, where their configurations differ; they would wait for each other for ever.
     """
-    schedule, costs = scheduler.schedule, scheduler.costs
+    schedule, costs = planner.schedule, planner.costs
     mine = repr((schedule.name, schedule.options, schedule.num_stages, schedule.micro_batches, costs))
     digest = int.from_bytes(sha256(mine.encode()).digest()[:7], "big")
     sums = torch.tensor([digest, -digest], device=engine.device)

@@ -17,9 +17,9 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import logger
 
 from ..plan.action import Action
+from ..plan.planner import Planner
 from ..plan.report import report
 from ..plan.schedule import Schedule
-from ..plan.scheduler import Scheduler
 from ..runtime.channels import Channels
 from ..runtime.exchange import Exchange, gradient_links, weight_links
 from ..runtime.executor import Executor, keep_sent
@@ -32,10 +32,10 @@ from .announcement import agree, announce
 from .checkpoint import load_random_states, save_random_states
 from .config import read_settings
 from .guests import build_replicas, layers
+from .instructions import RunAction, WindowSchedule
 from .losses import WindowLosses, broken, summed
 from .meeting import StageGrid, bound_collectives, clip_by_whole_norm, make_stage_local, must_meet
 from .random_state import random_state, seed_all, set_random_state
-from .schedule import RunAction, WindowSchedule
 from .worker import EngineWorker
 
 
@@ -82,8 +82,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._evaluating = False
         self._loading: Any = None
         self._at_rest = True
-        scheduler = self._plan(self._make_schedule(self.micro_batches))
-        schedule = scheduler.schedule
+        planner = self._plan(self._make_schedule(self.micro_batches))
+        schedule = planner.schedule
         directions = schedule.placement.directions
         self._feed = Feed(self._pull, partial(schedule.placement.is_end, self.stage_id))
         self.random_streams = RandomStreams(directions, random_state, set_random_state, seed_all)
@@ -100,7 +100,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._copy_home()
         if self._loader is not None:
             super().set_dataloader(self._loader)  # again: now it is known who reads
-        self._build_executor(scheduler)
+        self._build_executor(planner)
         self._norm_grid = self.mpu if schedule.updates_meet else StageGrid(self.mpu)
         if self._norm_grid is not self.mpu:
             make_stage_local(self.optimizer, self._norm_grid)
@@ -314,15 +314,15 @@ class ScheduledPipelineEngine(PipelineEngine):
             modules = {self.stage_id: self.module, **self.guests}
             self._exchange.copy_home({stage: layers(modules[stage]) for stage in self.replicas})
 
-    def _plan(self, schedule: Schedule) -> Scheduler:
+    def _plan(self, schedule: Schedule) -> Planner:
         """The program, on which all ranks agree, before anything is made for it."""
-        scheduler = Scheduler(schedule, self.settings.costs(self.num_stages))
-        agree(self, scheduler)
-        return scheduler
+        planner = Planner(schedule, self.settings.costs(self.num_stages))
+        agree(self, planner)
+        return planner
 
-    def _build_executor(self, scheduler: Scheduler) -> None:
+    def _build_executor(self, planner: Planner) -> None:
         """Prove, announce and wire up the program for the present window size."""
-        schedule, planned = scheduler.schedule, report(scheduler, windows=1)
+        schedule, planned = planner.schedule, report(planner, windows=1)
         if self._channels is not None:
             self._channels.keep_sent = keep_sent(schedule)
         elif self.num_stages > 1:
@@ -330,7 +330,7 @@ class ScheduledPipelineEngine(PipelineEngine):
             transport = self._make_transport(pairs)
             self._channels = Channels(transport, self._watch, keep_sent(schedule), self.dynamic_shape)
         worker = EngineWorker(self, schedule, self._feed, self._num_buffers(schedule))
-        self.executor = Executor(scheduler, self.stage_id, worker, self._channels, self._watch, self._exchange)
+        self.executor = Executor(planner, self.stage_id, worker, self._channels, self._watch, self._exchange)
         self.executor.restart(self.global_steps)
         announce(self, planned)
 

@@ -16,9 +16,9 @@ import torch
 from deepspeed.runtime.pipe import schedule as stock
 from torch import Tensor
 
+from ..compare.recording import Memory
 from ..plan.action import REDUCE, UPDATE
-from .recording import Memory
-from .schedule import RunAction
+from .instructions import RunAction
 
 GRADIENTS_OF_OPTIMIZERS = ("fp32_groups_gradients_flat", "averaged_gradients", "all_grad_tensors")
 """Where DeepSpeed's bf16 and ZeRO-1 optimizers keep gradients that no parameter has."""

@@ -21,11 +21,11 @@ from deepspeed.runtime.pipe import schedule as stock
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
+from ..compare.recording import OURS, PROGRESS, STOCK, Evaluation, Memory, RankRecord, Step
 from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
 from ..runtime.timeline import RUN, WAIT, Timeline
 from .engine import ScheduledPipelineEngine
 from .memory import gauge, peak_bytes
-from .recording import OURS, PROGRESS, STOCK, Evaluation, Memory, RankRecord, Step
 
 KEPT_EVENTS = 200_000
 WRITE_EVERY_SECONDS = 60.0
@@ -98,7 +98,7 @@ class Recorder:
             wait_seconds=totals.wait,
             peak_in_flight=executor.peak_in_flight,
             largest_gap=executor.largest_gap if ours else 0,
-            planned_costs=executor.scheduler.costs if ours else None,
+            planned_costs=executor.planner.costs if ours else None,
             memory=replace(Memory.largest(kept), peak=peak_bytes(self._engine.device)) if kept else None,
         )
 

@@ -14,9 +14,9 @@ import typer
 
 from . import schedules
 from .costs import CostModel
+from .planner import Planner
 from .render import text_grid
 from .report import report
-from .scheduler import Scheduler
 from .simulate import simulate
 
 GRID_LINES = 400
@@ -58,8 +58,8 @@ def plan(
     costs = CostModel.relative(
         stages, backward_ratio=backward_ratio, link_cost=link_cost, stage_costs=_read_costs(stage_costs or "")
     )
-    scheduler = Scheduler(chosen, costs)
-    content, deadlock_free = _content(scheduler, windows, format)
+    planner = Planner(chosen, costs)
+    content, deadlock_free = _content(planner, windows, format)
     _write(content, out)
     return 0 if deadlock_free else EXIT_DEADLOCK
 
@@ -81,17 +81,17 @@ def _read_options(schedule: str, settings: Sequence[str]) -> dict[str, Any]:
     return chosen
 
 
-def _content(scheduler: Scheduler, windows: int, format: Format) -> tuple[bytes, bool]:
+def _content(planner: Planner, windows: int, format: Format) -> tuple[bytes, bool]:
     """What to write, and whether the schedule is free of deadlock (only judged where it is reported)."""
-    program = scheduler.program(windows)
+    program = planner.program(windows)
     if format is Format.csv:
         return program.to_csv().encode(), True
-    timing = simulate(program, scheduler.costs)
+    timing = simulate(program, planner.costs)
     if format is Format.trace:
         from .trace import chrome_trace
 
         return f"{chrome_trace(timing)}\n".encode(), True
-    found = report(scheduler, windows)
+    found = report(planner, windows)
     if format is Format.png:
         from .picture import png
 

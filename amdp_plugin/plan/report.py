@@ -9,9 +9,9 @@ from itertools import groupby
 from textwrap import wrap
 from typing import Any
 
+from .planner import Planner
 from .program import Program
 from .schedule import Schedule
-from .scheduler import Scheduler
 from .simulate import in_flight, simulate
 from .verify import ProgramError, verify
 from .versions import Version, versions
@@ -114,21 +114,21 @@ class Report:
         return f"{checked}, and {repeat} for ever"
 
 
-def report(scheduler: Scheduler, windows: int) -> Report:
-    """The figures of ``scheduler``'s schedule under its costs.
+def report(planner: Planner, windows: int) -> Report:
+    """The figures of ``planner``'s schedule under its costs.
 
     Raises:
         ProgramError: when the schedule breaks a law. Only ranks that wait for each other (law 3) are reported
             instead, by ``deadlock_free``.
     """
-    schedule = scheduler.schedule
+    schedule = planner.schedule
     per_window = 2 * schedule.num_stages * schedule.micro_batches
-    first, last = scheduler.steady_windows(limit=min(512, max(4, ACTIONS_TO_EXAMINE // per_window)))
-    later = (last - first + _carried_windows(schedule)) if scheduler.period else 0
+    first, last = planner.steady_windows(limit=min(512, max(4, ACTIONS_TO_EXAMINE // per_window)))
+    later = (last - first + _carried_windows(schedule)) if planner.period else 0
     first, last = (first + later, last + later)
-    program = scheduler.program(last)
+    program = planner.program(last)
     breach = _deadlock(program)
-    timing = simulate(program, scheduler.costs)
+    timing = simulate(program, planner.costs)
     found = versions(program)
     utilization, seconds = timing.utilization(first, last), timing.seconds_per_window(first, last)
     gaps = _gap_by_stage(schedule, found)
@@ -143,7 +143,7 @@ def report(scheduler: Scheduler, windows: int) -> Report:
         utilization=utilization,
         bubble=1 - utilization,
         seconds_per_window=seconds,
-        forwards_per_window=seconds * schedule.num_stages / sum(scheduler.costs.forward),
+        forwards_per_window=seconds * schedule.num_stages / sum(planner.costs.forward),
         max_version_gap=max(gaps),
         max_version_gap_stated=max(schedule.max_gap),
         max_staleness=max(version.staleness for version in found.values()),
@@ -156,7 +156,7 @@ def report(scheduler: Scheduler, windows: int) -> Report:
         deadlock_free=breach is None,
         breach=breach,
         verified_windows=last,
-        period=scheduler.period,
+        period=planner.period,
     )
 
 

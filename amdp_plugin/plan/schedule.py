@@ -51,7 +51,7 @@ class Schedule:
             none goes on before the last has entered (exact global gradient norms, a common loss scale).
         weights: which weights a forward and a backward use.
         correction: what is done to a gradient that was computed across an update.
-        alternatives: like schedules that need less memory, the least first. A scheduler takes the first that is
+        alternatives: like schedules that need less memory, the least first. A planner takes the first that is
             nearly as fast, under the costs at hand, as any of them and as this one, whose bounds hold for all.
         options: the options the schedule was made with, for reports.
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from .action import BACKWARD, FORWARD, Action
 from .costs import TICKS_PER_SECOND, CostModel
+from .planner import Planner
 from .play import play
 from .program import Program
 from .schedule import Place
-from .scheduler import Scheduler
 
 Span = tuple[int, int]
 
@@ -89,11 +89,11 @@ def simulate(program: Program, costs: CostModel) -> Timing:
     return Timing(program, costs, tuple(tuple(row) for row in spans))
 
 
-def steady_state(scheduler: Scheduler, costs: CostModel | None = None) -> tuple[float, float]:
+def steady_state(planner: Planner, costs: CostModel | None = None) -> tuple[float, float]:
     """(utilization, seconds per window) of the schedule once it repeats, under its own costs or others."""
-    first, last = scheduler.steady_windows()
-    settle = last - first if costs is None else max(last - first, 2 * scheduler.schedule.num_stages)
-    timing = simulate(scheduler.program(last + settle), costs or scheduler.costs)
+    first, last = planner.steady_windows()
+    settle = last - first if costs is None else max(last - first, 2 * planner.schedule.num_stages)
+    timing = simulate(planner.program(last + settle), costs or planner.costs)
     return timing.utilization(first + settle, last + settle), timing.seconds_per_window(first + settle, last + settle)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ..plan.action import BACKWARD, FORWARD, REDUCE, Action
+from ..plan.planner import Planner
 from ..plan.schedule import Schedule
-from ..plan.scheduler import Scheduler
 from .channels import Channels, Tensors
 from .exchange import Exchange
 from .timeline import Timeline
@@ -63,7 +63,7 @@ class Executor:
     """One rank's side of a schedule.
 
     Args:
-        scheduler: the program, the same on every rank.
+        planner: the program, the same on every rank.
         rank: this rank in the pipeline.
         worker: what computes.
         channels: messages; ``None`` in a pipeline of one rank.
@@ -73,14 +73,14 @@ class Executor:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        planner: Planner,
         rank: int,
         worker: Worker,
         channels: Channels | None,
         watch: Watch,
         exchange: Exchange | None = None,
     ) -> None:
-        self.scheduler, self.schedule, self.rank = scheduler, scheduler.schedule, rank
+        self.planner, self.schedule, self.rank = planner, planner.schedule, rank
         self._worker, self._channels, self._watch, self._exchange = worker, channels, watch, exchange
         self._last_stage = self.schedule.num_stages - 1
         self.versions = dict.fromkeys(self.schedule.placement.stages[rank], 0)
@@ -173,7 +173,7 @@ class Executor:
         self.restart(self.window)
 
     def _row(self, rank: int) -> list[Action]:
-        row = self.scheduler.row(self.window - self._base, rank)
+        row = self.planner.row(self.window - self._base, rank)
         return [action.shifted(self._base, self.schedule.micro_batches) for action in row]
 
     def _expect_messages(self) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
+from ..plan.planner import Planner
 from ..plan.play import play
 from ..plan.schedule import Schedule
-from ..plan.scheduler import Scheduler
 from .random_streams import split
 
 Tensors = tuple[Tensor, ...]
@@ -120,7 +120,7 @@ class SerialPipeline:
         numbers = range(first * size, (first + windows) * size)
         self._data = {number: next(data) for number in numbers}
         self._losses.clear()
-        for rank, action in play(Scheduler(self.schedule).program(windows)):
+        for rank, action in play(Planner(self.schedule).program(windows)):
             action = action.shifted(first, size)
             if action.window(size) < first + windows:
                 self._run(rank, action)

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from amdp_plugin.cli import main
-from amdp_plugin.deepspeed.compare_picture import picture
-from amdp_plugin.deepspeed.compare_table import rows, table
-from amdp_plugin.deepspeed.compare_trace import trace
+from amdp_plugin.compare.measured import Run
+from amdp_plugin.compare.picture import picture
+from amdp_plugin.compare.recording import OURS, STOCK, Memory, RankRecord, Step, read_records
+from amdp_plugin.compare.table import rows, table
+from amdp_plugin.compare.trace import trace
 from amdp_plugin.deepspeed.config import read_settings
-from amdp_plugin.deepspeed.measured import Run
-from amdp_plugin.deepspeed.recording import OURS, STOCK, Memory, RankRecord, Step, read_records
 from amdp_plugin.plan.action import FORWARD, UPDATE, Action
 from amdp_plugin.plan.costs import TICKS_PER_SECOND, CostModel
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedule import Schedule
-from amdp_plugin.plan.scheduler import Scheduler
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.simulate import simulate, steady_state
 from amdp_plugin.runtime.timeline import RUN, WAIT, Event
@@ -122,8 +122,8 @@ def check_record(record: RankRecord, run: Run) -> None:
     assert [step.interruptions for step in record.steps if step.interruptions] == [["eval_batch"]]
 
     ran = [Action.parse(event.name) for event in record.events if event.phase == RUN]
-    scheduler = Scheduler(run.schedule())
-    assert ran == [action for window in range(STEPS) for action in scheduler.window(window)[record.stage]]
+    planner = Planner(run.schedule())
+    assert ran == [action for window in range(STEPS) for action in planner.window(window)[record.stage]]
     assert all(before.end <= after.start for before, after in zip(record.events, record.events[1:], strict=False))
     assert record.wait_seconds == pytest.approx(sum(e.end - e.start for e in record.events if e.phase == WAIT))
 
@@ -135,8 +135,8 @@ def check_record(record: RankRecord, run: Run) -> None:
 
 def as_if_recorded(schedule: Schedule, costs: CostModel = COSTS) -> Run:
     """What the ranks would have recorded, if actions had taken what they cost."""
-    scheduler = Scheduler(schedule)
-    timing = simulate(scheduler.program(WINDOWS), costs)
+    planner = Planner(schedule)
+    timing = simulate(planner.program(WINDOWS), costs)
     ends = {
         (rank, action): end
         for rank, (row, spans) in enumerate(zip(timing.program.rows, timing.spans, strict=True))
@@ -152,7 +152,7 @@ def as_if_recorded(schedule: Schedule, costs: CostModel = COSTS) -> Run:
         events, steps, now = list[Event](), list[Step](), 0
         for window in range(WINDOWS):
             start = now
-            for action in scheduler.row(window, rank):
+            for action in planner.row(window, rank):
                 arrival = arrivals.get((rank, action), 0)
                 if arrival > now:
                     events.append(Event(str(action), WAIT, now / TICKS_PER_SECOND, arrival / TICKS_PER_SECOND))
@@ -183,7 +183,7 @@ def test_figures_of_ranks_with_several_stages(schedule: Schedule) -> None:
     for name in ("forward", "backward", "update", "link_latency"):
         assert getattr(found, name) == pytest.approx(getattr(COSTS, name)), name
     assert run.predicted_seconds(found) == pytest.approx(run.seconds_per_step)
-    utilization = steady_state(Scheduler(schedule), COSTS)[0]
+    utilization = steady_state(Planner(schedule), COSTS)[0]
     assert mean(run.running_share_by_rank) == pytest.approx(utilization, rel=0.02)
     shares = zip(run.running_share_by_rank, run.waiting_share_by_rank, strict=True)
     assert all(0 <= waiting <= 1.001 - running for running, waiting in shares)

@@ -16,12 +16,12 @@ import torch
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from torch import nn
 
-from amdp_plugin.deepspeed.measured import Run
+from amdp_plugin.compare.measured import Run
+from amdp_plugin.compare.recording import Memory, RankRecord
 from amdp_plugin.deepspeed.memory import gauge, measure, peak_bytes
 from amdp_plugin.deepspeed.record import Recorder
-from amdp_plugin.deepspeed.recording import Memory, RankRecord
 from amdp_plugin.plan.action import BACKWARD, FORWARD, Action
-from amdp_plugin.plan.scheduler import Scheduler
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.runtime.timeline import RUN
 from tests.processes import run_ranks
 from tests.runtime.models import Plain
@@ -96,11 +96,11 @@ def test_ranks_with_guests(precision: str) -> None:
     assert {kept(record) for _, record in results} == {expected}
     assert_same([result for result, _ in results], run(job))
 
-    scheduler = Scheduler(Run("amdp", [record for _, record in results]).schedule())
+    planner = Planner(Run("amdp", [record for _, record in results]).schedule())
     for rank, (_, record) in enumerate(results):
         assert all(before.end <= after.start for before, after in pairwise(record.events))
         ran = [Action.parse(event.name) for event in record.events if event.phase == RUN]
-        planned = [action for window in range(job.windows) for action in scheduler.row(window, rank)]
+        planned = [action for window in range(job.windows) for action in planner.row(window, rank)]
         assert [action for action in ran if action.kind in (FORWARD, BACKWARD)] == [
             action for action in planned if action.kind in (FORWARD, BACKWARD)
         ]

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from amdp_plugin.plan import schedules
 from amdp_plugin.plan.action import Action
 from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.program import Program
 from amdp_plugin.plan.schedule import Schedule
-from amdp_plugin.plan.scheduler import Scheduler
 from amdp_plugin.plan.verify import ProgramError, verify
 
 from .strategies import BIDIRECTIONAL, ONE_HOME, ROUND, cases, made, shifted_pairs, with_row
 
 
 def paci(stages=4, micro_batches=4, windows=3) -> Program:
-    return Scheduler(schedules.make("paci", stages, micro_batches)).program(windows)
+    return Planner(schedules.make("paci", stages, micro_batches)).program(windows)
 
 
 def breach(program: Program) -> ProgramError:
@@ -68,7 +68,7 @@ def test_an_action_stands_on_a_rank_without_its_stage():
 
 
 def test_an_action_stands_on_a_replica_of_another_direction():
-    program = without(Scheduler(made(BIDIRECTIONAL, 4)).program(2), 1, "1F2")
+    program = without(Planner(made(BIDIRECTIONAL, 4)).program(2), 1, "1F2")
     row = program.rows[2]
     error = breach(with_row(program, 2, (*row[:3], Action.parse("1F2"), *row[3:])))
     assert (error.law, error.cell) == (1, (2, 3))
@@ -98,7 +98,7 @@ def test_the_last_update_is_missing():
 
 
 def test_the_last_update_of_a_replica_is_missing():
-    error = breach(without(Scheduler(made(BIDIRECTIONAL, 4)).program(2), 2, "1U1"))
+    error = breach(without(Planner(made(BIDIRECTIONAL, 4)).program(2), 2, "1U1"))
     assert error.law == 4
     assert "rank 2 owes 1U1 and never runs it" in str(error)
 
@@ -117,7 +117,7 @@ def test_an_update_comes_too_late():
 
 
 def test_a_delayed_update_may_stand_later_but_not_later_than_stated():
-    program = Scheduler(made(schedules.make("paci", 3, 4).placement, 4, update_delay=2)).program(3)
+    program = Planner(made(schedules.make("paci", 3, 4).placement, 4, update_delay=2)).program(3)
     verify(program)
     verify(moved(program, 1, "1U0", before="1B5"))
     error = breach(moved(program, 1, "1U0", before="1B7"))
@@ -149,7 +149,7 @@ def test_a_message_is_never_sent():
 
 
 def test_two_ranks_wait_for_each_other():
-    program = Scheduler(schedules.make("1f1b", 2, 2)).program(1)
+    program = Planner(schedules.make("1f1b", 2, 2)).program(1)
     blocked = moved(program, 0, "0F1", before="0U0")
     blocked = moved(blocked, 1, "1F1", before="1B0")
     error = breach(blocked)
@@ -160,7 +160,7 @@ def test_two_ranks_wait_for_each_other():
 
 
 def test_a_flushing_schedule_forwards_before_its_update():
-    program = moved(Scheduler(schedules.make("1f1b", 3, 4)).program(2), 1, "1F4", before="1U0")
+    program = moved(Planner(schedules.make("1f1b", 3, 4)).program(2), 1, "1F4", before="1U0")
     error = breach(program)
     assert error.law == 6
     assert "it needs 1U0" in str(error)
@@ -201,7 +201,7 @@ def _receivers(schedule: Schedule, rank: int, action: Action) -> set[int]:
 @pytest.mark.parametrize("placement", [ONE_HOME, shifted_pairs(8)])
 def test_messages_of_two_ranks_are_sent_and_used_in_different_orders(placement):
     costs = CostModel.uniform(placement.num_stages, link_latency=0.1)
-    program = Scheduler(made(placement, 2 * placement.directions, flush=True, admitted=4), costs).program(3)
+    program = Planner(made(placement, 2 * placement.directions, flush=True, admitted=4), costs).program(3)
     verify(program)
     errors = [breach(broken) for broken in _swapped_messages(program)]
     assert errors
@@ -212,7 +212,7 @@ def test_messages_of_two_ranks_are_sent_and_used_in_different_orders(placement):
 @pytest.mark.parametrize("placement", [BIDIRECTIONAL, shifted_pairs(8)])
 def test_a_rank_enters_a_meeting_before_it_sends_what_another_needs_to_enter(placement):
     """The guest's gradients, behind its own update: its home cannot enter, so nobody goes on."""
-    program = Scheduler(made(placement, placement.directions, together=True)).program(2)
+    program = Planner(made(placement, placement.directions, together=True)).program(2)
     verify(program)
     guest = placement.holders[0][-1]
     own = next(stage for stage in range(placement.num_stages) if placement.home(stage) == guest)
@@ -246,7 +246,7 @@ def test_three_ranks_wait_in_a_circle_that_is_named():
 
 def test_gradients_are_reduced_before_those_of_the_window_before_were_applied():
     """There is one buffer for parked gradients."""
-    program = Scheduler(made(BIDIRECTIONAL, 2, update_delay=1, together=True)).program(3)
+    program = Planner(made(BIDIRECTIONAL, 2, update_delay=1, together=True)).program(3)
     verify(program)
     row = [action for action in program.rows[3] if action != Action(0, "U", 0)]
     row.insert(row.index(Action(0, "R", 1)) + 1, Action(0, "U", 0))
@@ -259,7 +259,7 @@ def test_gradients_are_reduced_before_those_of_the_window_before_were_applied():
 @given(cases(), st.data())
 def test_no_action_of_a_complete_window_can_be_dropped(case, data):
     schedule, costs = case
-    program = Scheduler(schedule, costs).program(2)
+    program = Planner(schedule, costs).program(2)
     rank = data.draw(st.integers(0, schedule.num_ranks - 1))
     row = program.rows[rank]
     due = [
@@ -276,7 +276,7 @@ def test_no_action_of_a_complete_window_can_be_dropped(case, data):
 @given(cases(), st.data())
 def test_dependent_neighbours_cannot_change_places(case, data):
     schedule, costs = case
-    program = Scheduler(schedule, costs).program(2)
+    program = Planner(schedule, costs).program(2)
     pairs = [
         (rank, at)
         for rank, row in enumerate(program.rows)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from amdp_plugin.plan import schedules
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.placement import Placement
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.report import Report, report
 from amdp_plugin.plan.schedule import Priority
-from amdp_plugin.plan.scheduler import Scheduler
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.simulate import simulate, steady_state
 from amdp_plugin.plan.verify import verify
@@ -27,7 +27,7 @@ THRESHOLD = 4
 
 def figures(num_stages: int, ratio: float = 2.0, link: float = 0.0, **options: str) -> Report:
     costs = CostModel.uniform(num_stages, backward_ratio=ratio, link_latency=link)
-    return report(Scheduler(make("amdp", num_stages, THRESHOLD * num_stages, **options), costs), windows=1)
+    return report(Planner(make("amdp", num_stages, THRESHOLD * num_stages, **options), costs), windows=1)
 
 
 @pytest.mark.parametrize("num_stages", [2, 4, 6, 8, 10, 12, 16])
@@ -119,8 +119,8 @@ def test_preload_is_the_least_that_is_nearly_as_fast_as_any(directions: int, mos
     assert [each.options["preload"] for each in candidates] == list(range(most + 1))
     for link in (0.0, 0.3):
         costs = CostModel.uniform(8, link_latency=link)
-        paces = [steady_state(Scheduler(replace(each, alternatives=()), costs))[1] for each in candidates]
-        chosen = Scheduler(schedule, costs).schedule
+        paces = [steady_state(Planner(replace(each, alternatives=()), costs))[1] for each in candidates]
+        chosen = Planner(schedule, costs).schedule
         assert chosen.alternatives == ()
         preload = chosen.options["preload"]
         assert paces[preload] <= 1.02 * min(paces)
@@ -134,7 +134,7 @@ def test_preload_makes_no_gap_above_one(num_stages: int, directions: int) -> Non
     """In windows of ``num_stages`` every direction has just what it admits: one more would see two updates."""
     schedule = make("amdp", num_stages, num_stages, directions=directions)
     assert (schedule.options["preload"], schedule.alternatives, max(schedule.max_gap)) == (0, (), 1)
-    assert report(Scheduler(schedule), windows=1).max_version_gap == 1
+    assert report(Planner(schedule), windows=1).max_version_gap == 1
     assert max(make("amdp", num_stages, num_stages, directions=directions, preload=1).max_gap) == 2
 
 
@@ -142,17 +142,17 @@ def test_a_preload_that_was_asked_for_is_kept() -> None:
     assert schedules.read_option("amdp", "preload", "2") == 2
     with pytest.raises(ValueError, match="option preload of schedule 'amdp' is a whole number, got 'two'"):
         schedules.read_option("amdp", "preload", "two")
-    found = report(Scheduler(make("amdp", 4, 16, preload=2)), windows=1)
+    found = report(Planner(make("amdp", 4, 16, preload=2)), windows=1)
     assert found.options["preload"] == 2
     assert "preload = 2" in found.to_text()
-    assert "preload = 1" in report(Scheduler(make("amdp", 4, 16)), windows=1).to_text()
+    assert "preload = 1" in report(Planner(make("amdp", 4, 16)), windows=1).to_text()
 
 
 def test_a_heavy_last_stage_costs_less_than_in_one_direction() -> None:
     """Every rank holds early and late stages, so a heavy one is shared."""
     heavy = (1.0,) * 7 + (1.5,)
     costs = CostModel(heavy, tuple(2 * cost for cost in heavy), (0.0,) * 8)
-    amdp, paci = (report(Scheduler(make(name, 8, 32), costs), 1).utilization for name in ("amdp", "paci"))
+    amdp, paci = (report(Planner(make(name, 8, 32), costs), 1).utilization for name in ("amdp", "paci"))
     assert paci == pytest.approx(8.5 / 12, abs=0.01)
     assert amdp > paci + 0.1
 
@@ -177,16 +177,16 @@ def test_programs_obey_the_laws(data: st.DataObject) -> None:
         (data.draw(st.floats(0.0, 1.0)),) * num_stages,
         link_latency=data.draw(st.floats(0.0, 0.5)),
     )
-    verify(Scheduler(schedule, costs).program(4))
+    verify(Planner(schedule, costs).program(4))
 
 
 def test_the_fastest_of_the_orders_is_taken() -> None:
-    """No single order is as fast as the one that the scheduler chose, but that one itself."""
+    """No single order is as fast as the one that the planner chose, but that one itself."""
     schedule = make("amdp", 8, 32, preload=1)
     costs = CostModel.uniform(8, link_latency=0.1)
 
     def window(priorities: tuple[Priority, ...]) -> float:
-        program = Scheduler(replace(schedule, priorities=priorities), costs).program(7)
+        program = Planner(replace(schedule, priorities=priorities), costs).program(7)
         return simulate(program, costs).seconds_per_window(3, 7)
 
     each = [window((priority,)) for priority in schedule.priorities]
@@ -196,9 +196,9 @@ def test_the_fastest_of_the_orders_is_taken() -> None:
 
 def test_chimera_halves_the_bubble() -> None:
     """Figure 2 of arXiv 2107.06925: 4 stages, 4 micro-batches take 16 forwards, where 1F1B takes 21."""
-    found = report(Scheduler(make("chimera", 4, 4)), windows=1)
+    found = report(Planner(make("chimera", 4, 4)), windows=1)
     assert (found.forwards_per_window, found.max_version_gap, found.max_staleness) == (16, 0, 0)
-    assert report(Scheduler(make("1f1b", 4, 4)), windows=1).forwards_per_window == 21
+    assert report(Planner(make("1f1b", 4, 4)), windows=1).forwards_per_window == 21
 
 
 @pytest.mark.parametrize(

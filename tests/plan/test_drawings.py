@@ -10,10 +10,10 @@ from amdp_plugin.plan import schedules
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.picture import _rank_labels, png
 from amdp_plugin.plan.placement import Placement
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.program import Program
 from amdp_plugin.plan.render import text_grid
 from amdp_plugin.plan.report import report
-from amdp_plugin.plan.scheduler import Scheduler
 from amdp_plugin.plan.simulate import simulate
 from amdp_plugin.plan.trace import chrome_trace
 
@@ -43,8 +43,8 @@ rank 1  1B1 -*
 . idle   - still at work   * update   + reduce"""
 
 
-def small() -> Scheduler:
-    return Scheduler(schedules.make("paci", 2, 2))
+def small() -> Planner:
+    return Planner(schedules.make("paci", 2, 2))
 
 
 def test_steps():
@@ -66,7 +66,7 @@ def test_updates_that_take_time_have_columns():
 
 
 def test_a_reduction_is_marked():
-    program = Scheduler(made(BIDIRECTIONAL, 2, flush=True)).program(1)
+    program = Planner(made(BIDIRECTIONAL, 2, flush=True)).program(1)
     grid = text_grid(program, timing=simulate(program, CostModel.uniform(4)))
     assert "-+*" in grid
 
@@ -83,7 +83,7 @@ def test_no_column_of_time_is_lost(ratio):
 
 
 def test_a_mark_shows_its_neighbourhood():
-    program = Scheduler(schedules.make("paci", 16, 16)).program(2)
+    program = Planner(schedules.make("paci", 16, 16)).program(2)
     lines = text_grid(program, mark=(8, 20)).splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [["rank", str(rank)] for rank in range(4, 13)]
     assert lines[0].split() == ["step", *map(str, range(14, 27))]
@@ -102,8 +102,8 @@ def test_a_mark_at_the_end_and_at_the_corner():
 
 
 def test_the_trace_has_a_track_a_rank_and_an_arrow_a_message():
-    scheduler = small()
-    program = scheduler.program(2)
+    planner = small()
+    program = planner.program(2)
     timing = simulate(program, CostModel.uniform(2, link_latency=0.5))
     events = json.loads(chrome_trace(timing))["traceEvents"]
     assert {event["ph"] for event in events} == {"M", "X", "s", "f", "C"}
@@ -143,7 +143,7 @@ def test_counters_follow_what_is_in_flight_and_the_versions():
 @given(cases())
 def test_everything_can_be_drawn(case):
     schedule, costs = case
-    program = Scheduler(schedule, costs).program(2)
+    program = Planner(schedule, costs).program(2)
     timing = simulate(program, costs)
     assert len(text_grid(program).splitlines()) == schedule.num_ranks + 1
     assert len(text_grid(program, timing=timing).splitlines()) == schedule.num_ranks + 2
@@ -155,8 +155,8 @@ def test_everything_can_be_drawn(case):
 def test_picture(schedule):
     """It decodes, and holds forwards and backwards of both windows."""
     matplotlib_image = pytest.importorskip("matplotlib.image")
-    scheduler = Scheduler(schedule)
-    content = png(simulate(scheduler.program(2), scheduler.costs), report(scheduler, 2))
+    planner = Planner(schedule)
+    content = png(simulate(planner.program(2), planner.costs), report(planner, 2))
     pixels = matplotlib_image.imread(io.BytesIO(content), format="png")
     colours = {tuple(colour) for colour in (pixels[::3, ::3, :3] * 255).round().astype(int).reshape(-1, 3).tolist()}
     assert {(0x2F, 0x6D, 0xB5), (0xD1, 0x63, 0x1B), (0x5F, 0x95, 0xD0), (0xE7, 0x8A, 0x47)} <= colours

@@ -1,4 +1,4 @@
-"""Every program that the scheduler generates obeys the laws, whatever the schedule and the costs."""
+"""Every program that the planner generates obeys the laws, whatever the schedule and the costs."""
 
 from collections import Counter
 from itertools import pairwise
@@ -11,7 +11,7 @@ from amdp_plugin.plan import schedules
 from amdp_plugin.plan.action import Action
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.placement import Placement
-from amdp_plugin.plan.scheduler import Scheduler
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.simulate import in_flight, simulate
 from amdp_plugin.plan.verify import verify
 from amdp_plugin.plan.versions import versions
@@ -25,7 +25,7 @@ SLOW = settings(deadline=None, max_examples=120)
 @given(cases(), st.integers(1, 6))
 def test_generated_programs_obey_the_laws(case, windows):
     schedule, costs = case
-    verify(Scheduler(schedule, costs).program(windows))
+    verify(Planner(schedule, costs).program(windows))
 
 
 @SLOW
@@ -34,7 +34,7 @@ def test_windows_cover_every_action_once_and_in_turn(case):
     """Independent of ``verify``: what the rows hold, counted."""
     schedule, costs = case
     size, windows = schedule.micro_batches, 4
-    program = Scheduler(schedule, costs).program(windows)
+    program = Planner(schedule, costs).program(windows)
     counts = Counter(action for row in program.rows for action in row)
     for stage in range(schedule.num_stages):
         for micro_batch in range(windows * size):
@@ -51,7 +51,7 @@ def test_windows_cover_every_action_once_and_in_turn(case):
 @given(cases())
 def test_two_schedulers_agree(case):
     schedule, costs = case
-    first, second = Scheduler(schedule, costs), Scheduler(schedule, costs)
+    first, second = Planner(schedule, costs), Planner(schedule, costs)
     second.window(7)
     assert [first.window(index) for index in range(8)] == [second.window(index) for index in range(8)]
 
@@ -67,7 +67,7 @@ class _Forgetful(dict):
 @given(cases())
 def test_repeated_windows_equal_simulated_ones(case):
     schedule, costs = case
-    recognizing, simulating = Scheduler(schedule, costs), Scheduler(schedule, costs)
+    recognizing, simulating = Planner(schedule, costs), Planner(schedule, costs)
     simulating._states = _Forgetful()
     windows = 40
     assert [recognizing.window(index) for index in range(windows)] == [
@@ -79,9 +79,9 @@ def test_repeated_windows_equal_simulated_ones(case):
 @pytest.mark.parametrize("stages,micro_batches", [(1, 1), (2, 1), (4, 4), (8, 8), (5, 3), (16, 4)])
 @pytest.mark.parametrize("name", ["paci", "1f1b", "gpipe"])
 def test_equal_stages_repeat_soon(name, stages, micro_batches):
-    scheduler = Scheduler(schedules.make(name, stages, micro_batches))
-    first, last = scheduler.steady_windows()
-    assert scheduler.period == last - first == 1
+    planner = Planner(schedules.make(name, stages, micro_batches))
+    first, last = planner.steady_windows()
+    assert planner.period == last - first == 1
     assert last <= stages + 3
 
 
@@ -90,7 +90,7 @@ def test_equal_stages_repeat_soon(name, stages, micro_batches):
 def test_in_flight_and_gap_stay_within_the_stated_bounds(case):
     """Independent of ``verify``: counted per direction and stage from the rows alone."""
     schedule, costs = case
-    program = Scheduler(schedule, costs).program(5)
+    program = Planner(schedule, costs).program(5)
     flying: Counter = Counter()
     for rank, row in enumerate(program.rows):
         for stage, kind, index in row:
@@ -111,7 +111,7 @@ def test_paci_gap_is_stated_exactly_for_any_costs(schedule, data):
         tuple(data.draw(st.sampled_from([0.5, 2.0, 5.0])) for _ in range(schedule.num_stages)),
         (0.0,) * schedule.num_stages,
     )
-    found = versions(Scheduler(schedule, costs).program(8))
+    found = versions(Planner(schedule, costs).program(8))
     assert all(version.gap <= schedule.max_gap[stage] for (stage, _), version in found.items())
 
 
@@ -120,7 +120,7 @@ def test_paci_gap_is_stated_exactly_for_any_costs(schedule, data):
 def test_times_respect_order_durations_and_messages(case):
     """Independent of ``play``: every time checked against the definition."""
     schedule, costs = case
-    program = Scheduler(schedule, costs).program(3)
+    program = Planner(schedule, costs).program(3)
     timing = simulate(program, costs)
     times = {
         (rank, action): span
@@ -147,17 +147,17 @@ def test_the_scheduler_starts_everything_when_it_can(case):
     Ranks that share stages or meet may start later than they could, for the sake of one order, and never earlier.
     """
     schedule, costs = case
-    scheduler = Scheduler(schedule, costs)
-    scheduler._states = _Forgetful()
-    simulation, started = scheduler._simulation, {}
-    run = simulation._run
+    planner = Planner(schedule, costs)
+    planner._states = _Forgetful()
+    list_scheduler, started = planner._list_scheduler, {}
+    run = list_scheduler._run
 
     def noted(rank, action, start):
         started[rank, action] = start
         run(rank, action, start)
 
-    simulation._run = noted
-    program = scheduler.program(4)
+    list_scheduler._run = noted
+    program = planner.program(4)
     timing = simulate(program, costs)
     for rank, row in enumerate(program.rows):
         for action, (begin, _) in zip(row, timing.spans[rank], strict=True):
@@ -166,7 +166,7 @@ def test_the_scheduler_starts_everything_when_it_can(case):
 
 
 def test_in_flight_counts_forwards_not_yet_backwarded():
-    program = Scheduler(schedules.make("paci", 2, 2)).program(1)
+    program = Planner(schedules.make("paci", 2, 2)).program(1)
     assert [str(action) for action in program.rows[0]] == ["0F0", "0F1", "0B0", "0F2", "0B1", "0U0"]
     assert in_flight(program, 0) == [1, 2, 1, 2, 1, 1]
 
@@ -176,7 +176,7 @@ def test_in_flight_counts_forwards_not_yet_backwarded():
 def test_replicas_reduce_then_the_home_updates_then_the_guests(placement, flush):
     schedule = made(placement, 2 * placement.directions, flush=flush)
     costs = CostModel.uniform(placement.num_stages, link_latency=0.1, update=0.5)
-    program = Scheduler(schedule, costs).program(3)
+    program = Planner(schedule, costs).program(3)
     verify(program)
     times = {
         (rank, action): span
@@ -196,7 +196,7 @@ def test_replicas_reduce_then_the_home_updates_then_the_guests(placement, flush)
 def test_guests_of_two_stages_of_one_home_send_in_one_order():
     """Rank 1 finishes stage 0 first, and rank 2 stage 1."""
     schedule = made(ONE_HOME, 3, flush=True, priority=lambda action, since: action.index % 3)
-    program = Scheduler(schedule).program(2)
+    program = Planner(schedule).program(2)
     verify(program)
     for rank in (1, 2):
         sent = [action.stage for action in program.rows[rank] if action.kind == "R" and action.stage < 2]
@@ -209,7 +209,7 @@ def test_a_guest_sends_its_gradients_without_waiting_for_anyone():
     """Right behind its own last backward of the window, also where the home still has many."""
     schedule = made(BIDIRECTIONAL, 8, flush=True)
     costs = CostModel((1.0, 1.0, 1.0, 3.0), (2.0, 2.0, 2.0, 9.0), (0.0,) * 4)
-    program = Scheduler(schedule, costs).program(1)
+    program = Planner(schedule, costs).program(1)
     spans = simulate(program, costs).spans
     for stage, (_, *guests) in enumerate(schedule.placement.holders):
         for guest in guests:
@@ -227,7 +227,7 @@ def test_homes_update_together_once_all_have_entered(placement, flush):
     schedule = made(placement, 2 * placement.directions, flush=flush, together=True)
     stages = placement.num_stages
     costs = CostModel.uniform(stages, link_latency=0.1)
-    program = Scheduler(schedule, costs).program(3)
+    program = Planner(schedule, costs).program(3)
     verify(program)
     spans = simulate(program, costs).spans
     gathering = "BR"[schedule.reduces]
@@ -250,7 +250,7 @@ def test_homes_update_together_once_all_have_entered(placement, flush):
 def test_nobody_makes_others_wait_for_a_meeting():
     """It begins two messages after the window's last backward: the gradients go home, and the word goes round."""
     costs = CostModel.uniform(8, link_latency=0.1)
-    program = Scheduler(made(shifted_pairs(8), 32, admitted=3, together=True), costs).program(5)
+    program = Planner(made(shifted_pairs(8), 32, admitted=3, together=True), costs).program(5)
     timing = simulate(program, costs)
     for window in range(5):
         begun = dict(zip(program.rows[0], timing.spans[0], strict=True))[Action(0, "U", window)][0]
@@ -262,7 +262,7 @@ def test_nobody_makes_others_wait_for_a_meeting():
 def test_a_delayed_update_stands_at_most_that_many_backwards_later(placement, delay):
     schedule = made(placement, 4 * placement.directions, admitted=3, update_delay=delay, together=True)
     costs = CostModel.uniform(placement.num_stages, link_latency=0.5)
-    program = Scheduler(schedule, costs).program(4)
+    program = Planner(schedule, costs).program(4)
     verify(program)
     later = []
     for rank, row in enumerate(program.rows):
@@ -286,7 +286,7 @@ def test_the_scheduler_plans_with_the_links():
     """While the first backward is still under way, the first rank goes on with what it may have in flight."""
     schedule = schedules.make("paci", 2, 8, extra_in_flight=4)
     first = {
-        link: [action.kind for action in Scheduler(schedule, CostModel.uniform(2, link_latency=link)).window(0)[0]]
+        link: [action.kind for action in Planner(schedule, CostModel.uniform(2, link_latency=link)).window(0)[0]]
         for link in (0.0, 3.0)
     }
     assert first[0.0].index("B") == 4
@@ -300,7 +300,7 @@ def test_a_message_takes_the_latency_and_the_time_of_its_bytes():
 
 def test_costs_of_another_depth_are_refused():
     with pytest.raises(ValueError, match="costs of 3 stages for a schedule of 4"):
-        Scheduler(schedules.make("paci", 4, 4), CostModel.uniform(3))
+        Planner(schedules.make("paci", 4, 4), CostModel.uniform(3))
 
 
 @pytest.mark.parametrize(

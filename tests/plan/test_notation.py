@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from amdp_plugin.plan import schedules
 from amdp_plugin.plan.action import Action
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.program import Program
-from amdp_plugin.plan.scheduler import Scheduler
 
 from .strategies import cases
 
@@ -45,23 +45,23 @@ def test_shifting_moves_the_window(action, windows, micro_batches):
 @given(cases(), st.integers(1, 4))
 def test_csv_round_trip(case, windows):
     schedule, costs = case
-    program = Scheduler(schedule, costs).program(windows)
+    program = Planner(schedule, costs).program(windows)
     text = program.to_csv()
     assert len(text.splitlines()) == schedule.num_ranks
     assert Program.from_csv(text, schedule) == program
 
 
 def test_csv_by_hand():
-    program = Scheduler(schedules.make("1f1b", 2, 2)).program(1)
+    program = Planner(schedules.make("1f1b", 2, 2)).program(1)
     assert program.to_csv() == "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
     assert [str(action) for action in program.rows[1]] == ["1F0", "1B0", "1F1", "1B1", "1U0"]
-    free = Scheduler(schedules.make("paci", 2, 1)).program(1)
+    free = Planner(schedules.make("paci", 2, 1)).program(1)
     assert free.to_csv() == "0F0,0F1,0B0,0U0\n1F0,1B0,1U0\n"
 
 
 def test_csv_counts_the_windows_that_every_rank_completes():
     schedule = schedules.make("paci", 2, 2)
-    text = Scheduler(schedule).program(2).to_csv()
+    text = Planner(schedule).program(2).to_csv()
     assert Program.from_csv(text, schedule).windows == 2
     assert Program.from_csv(text.replace("1B3,", ""), schedule).windows == 1
 
@@ -78,7 +78,7 @@ def test_csv_of_another_schedule_is_refused():
 def test_torch_lowers_a_flushing_program_to_its_own_sends_and_receives(name, stages, micro_batches, windows):
     """Read, validated and lowered with communication as torch does with a compute-only CSV."""
     pipelining = pytest.importorskip("torch.distributed.pipelining.schedules")
-    text = Scheduler(schedules.make(name, stages, micro_batches)).program(windows).to_csv()
+    text = Planner(schedules.make(name, stages, micro_batches)).program(windows).to_csv()
     rows = list(csv.reader(io.StringIO(text)))
     actions = {rank: [pipelining._Action.from_str(cell) for cell in row] for rank, row in enumerate(rows)}
     assert pipelining._validate_schedule(actions, stages, stages, micro_batches * windows) == {

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from amdp_plugin.plan import schedules
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.placement import Placement
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.report import report
-from amdp_plugin.plan.scheduler import Scheduler
 from amdp_plugin.plan.simulate import simulate, steady_state
 from amdp_plugin.plan.verify import ProgramError
 
@@ -39,7 +39,7 @@ QUICK = settings(deadline=None, max_examples=40)
 
 
 def figures(name, stages, micro_batches, costs=None, **options):
-    return report(Scheduler(schedules.make(name, stages, micro_batches, **options), costs), windows=4)
+    return report(Planner(schedules.make(name, stages, micro_batches, **options), costs), windows=4)
 
 
 @QUICK
@@ -81,8 +81,8 @@ def test_gpipe(size):
 
 def test_a_free_running_pipeline_against_a_flush_over_twenty_windows():
     """The figures of a published comparison at depth 8, windows of 8: 0.958 with the fill, and 0.533."""
-    scheduler = Scheduler(schedules.make("paci", 8, 8))
-    assert simulate(scheduler.program(20), scheduler.costs).utilization(0, 20) == pytest.approx(0.958, abs=0.0005)
+    planner = Planner(schedules.make("paci", 8, 8))
+    assert simulate(planner.program(20), planner.costs).utilization(0, 20) == pytest.approx(0.958, abs=0.0005)
     assert figures("1f1b", 8, 8).utilization == pytest.approx(0.533, abs=0.0005)
 
 
@@ -113,9 +113,9 @@ def test_updates_that_take_time_count_as_work():
 
 @pytest.mark.parametrize("windows", [1, 4, 9])
 def test_the_figures_do_not_depend_on_the_windows_shown(windows):
-    scheduler = Scheduler(schedules.make("paci", 8, 2))
-    first = report(scheduler, 1)
-    found = report(scheduler, windows)
+    planner = Planner(schedules.make("paci", 8, 2))
+    first = report(planner, 1)
+    found = report(planner, windows)
     assert found.windows == windows
     assert found.max_version_gap == first.max_version_gap == 4
     assert found.utilization == first.utilization
@@ -125,7 +125,7 @@ def test_the_figures_do_not_depend_on_the_windows_shown(windows):
 @given(cases())
 def test_json_holds_every_figure(case):
     schedule, costs = case
-    found = json.loads(report(Scheduler(schedule, costs), 3).to_json())
+    found = json.loads(report(Planner(schedule, costs), 3).to_json())
     assert found.keys() >= KEYS
     assert found["utilization"] + found["bubble"] == pytest.approx(1)
     assert 0 < found["utilization"] <= 1
@@ -138,18 +138,18 @@ def test_json_holds_every_figure(case):
 
 
 def test_weight_copies_count_the_stages_that_a_rank_holds():
-    assert report(Scheduler(made(BIDIRECTIONAL, 4)), 2).weight_copies_by_rank == (2, 2, 2, 2)
+    assert report(Planner(made(BIDIRECTIONAL, 4)), 2).weight_copies_by_rank == (2, 2, 2, 2)
 
 
 def test_stashed_weights_cost_a_copy_for_every_version_in_flight():
     stashed = replace(schedules.make("paci", 4, 1), weights="stashed")
-    assert report(Scheduler(stashed), 2).weight_copies_by_rank == (4, 3, 2, 1)
+    assert report(Planner(stashed), 2).weight_copies_by_rank == (4, 3, 2, 1)
 
 
 def test_a_schedule_that_lies_about_its_gap_is_refused():
     liar = made(Placement.one_direction(4), 2, admitted=4, max_gap=0)
     with pytest.raises(ProgramError, match="breaks law 5"):
-        report(Scheduler(liar), 1)
+        report(Planner(liar), 1)
 
 
 def test_a_gap_that_shows_only_after_the_windows_asked_for_is_found():
@@ -158,13 +158,13 @@ def test_a_gap_that_shows_only_after_the_windows_asked_for_is_found():
 
 
 def test_ranks_that_wait_for_each_other_are_reported(monkeypatch):
-    scheduler = Scheduler(schedules.make("paci", 2, 2))
+    planner = Planner(schedules.make("paci", 2, 2))
 
     def stuck(program):
         raise ProgramError("paci breaks law 3 at 0R0: rank 0 waits\ngrid", 3)
 
     monkeypatch.setattr("amdp_plugin.plan.report.verify", stuck)
-    found = report(scheduler, 1)
+    found = report(planner, 1)
     assert found.deadlock_free is False
     assert "deadlock-free  NO: paci breaks law 3 at 0R0: rank 0 waits" in found.to_text()
 
@@ -184,13 +184,13 @@ def test_text():
 
 @pytest.mark.parametrize("name", ["paci", "1f1b"])
 def test_steady_state_agrees_with_the_report(name):
-    scheduler = Scheduler(schedules.make(name, 6, 4), CostModel.uniform(6, link_latency=0.1))
-    found = report(scheduler, 1)
-    assert steady_state(scheduler) == pytest.approx((found.utilization, found.seconds_per_window))
+    planner = Planner(schedules.make(name, 6, 4), CostModel.uniform(6, link_latency=0.1))
+    found = report(planner, 1)
+    assert steady_state(planner) == pytest.approx((found.utilization, found.seconds_per_window))
 
 
 def test_a_program_made_for_one_cost_can_be_timed_under_another():
-    scheduler = Scheduler(schedules.make("paci", 4, 4))
-    utilization, seconds = steady_state(scheduler, CostModel.uniform(4, link_latency=0.5))
+    planner = Planner(schedules.make("paci", 4, 4))
+    utilization, seconds = steady_state(planner, CostModel.uniform(4, link_latency=0.5))
     assert seconds == pytest.approx(4 * 3 + 2 * 3 * 0.5)
     assert utilization == pytest.approx(12 / 15)

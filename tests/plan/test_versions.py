@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amdp_plugin.plan import schedules
-from amdp_plugin.plan.scheduler import Scheduler
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.versions import versions
 
 from .strategies import cases
@@ -14,7 +14,7 @@ from .strategies import cases
 @given(cases(), st.integers(1, 4))
 def test_versions_equal_a_count_over_the_rows(case, windows):
     schedule, costs = case
-    program = Scheduler(schedule, costs).program(windows)
+    program = Planner(schedule, costs).program(windows)
     found = dict(versions(program))
     for row in program.rows:
         for at, (stage, kind, index) in enumerate(row):
@@ -37,6 +37,6 @@ def test_versions_equal_a_count_over_the_rows(case, windows):
 
 def test_paci_versions_by_hand():
     """Three stages, windows of two, equal stages: written out from the definition."""
-    found = versions(Scheduler(schedules.make("paci", 3, 2)).program(3))
+    found = versions(Planner(schedules.make("paci", 3, 2)).program(3))
     gaps = {stage: [found[stage, micro_batch].gap for micro_batch in range(6)] for stage in range(3)}
     assert gaps == {0: [0, 0, 1, 1, 1, 1], 1: [0, 0, 1, 0, 1, 0], 2: [0] * 6}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from amdp_plugin.plan.scheduler import Scheduler
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.channels import Channels
 from amdp_plugin.runtime.exchange import Exchange
@@ -58,8 +58,8 @@ def make_executor(
     rank: int, case: Case, feed: Iterator[Any] | None = None, timeout_seconds: float = 30
 ) -> tuple[Executor, StageWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
-    scheduler = Scheduler(case.make())
-    schedule, placement = scheduler.schedule, scheduler.schedule.placement
+    planner = Planner(case.make())
+    schedule, placement = planner.schedule, planner.schedule.placement
     channels, watch = make_channels(rank, case.stages, timeout_seconds, keep_sent(schedule))
     built = build_stages(case.kind, case.stages, case.dtype)
     modules = {stage: built[stage] for stage in placement.stages[rank]}
@@ -78,7 +78,7 @@ def make_executor(
         )
         exchange = Exchange(placement, worker.replicas, gradients, weights, watch)
     torch.manual_seed(100 + rank)
-    return Executor(scheduler, rank, worker, channels, watch, exchange), worker
+    return Executor(planner, rank, worker, channels, watch, exchange), worker
 
 
 def make_oracle(case: Case) -> SerialPipeline:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.program import Program
-from amdp_plugin.plan.scheduler import Scheduler
 from amdp_plugin.plan.simulate import in_flight
 from tests.processes import run_ranks
 
@@ -74,6 +74,6 @@ def test_more_in_flight() -> None:
 @pytest.mark.parametrize("schedule", ["1f1b", "paci", "gpipe"])
 def test_measured_in_flight_is_the_planned(schedule: str) -> None:
     case = Case(schedule, 4, 5)
-    program: Program = Scheduler(case.make()).program(5)
+    program: Program = Planner(case.make()).program(5)
     planned = [max(in_flight(program, rank)) for rank in range(4)]
     assert [end["peak"] for end in run_ranks(4, train, 5, case)] == planned

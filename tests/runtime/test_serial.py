@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from amdp_plugin.plan.scheduler import Scheduler
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.versions import versions
 from amdp_plugin.runtime.serial import SerialPipeline
@@ -116,7 +116,7 @@ def test_amdp(num_stages: int, size: int) -> None:
             torch.testing.assert_close(value, expected.state_dict()[name])  # replicas add up in another order
     oracle = SerialPipeline(without_dropout(num_stages), make_adamw, loss, schedule)
     oracle.train(data(), 4)
-    planned = versions(Scheduler(schedule).program(4))
+    planned = versions(Planner(schedule).program(4))
     assert {place: (used.forward, used.backward) for place, used in oracle.used.items()} == {
         place: (version.forward, version.backward) for place, version in planned.items() if place[1] < 4 * size
     }

@@ -27,7 +27,7 @@ WEIGHTS = (
 """Candidate orders, as weights of a linear priority: of the instant since which an action could start, of its being a
 backward, of the stage of a forward and of a backward, and of the micro-batch's number in its direction. Found by random
 search over N = 4 .. 16, backward ratios 1 .. 2.5, link costs 0 and 0.1 and all three kinds of updates, those first that
-most often keep every rank busy; the scheduler tries them on the pipeline at hand and keeps the fastest."""
+most often keep every rank busy; the planner tries them on the pipeline at hand and keeps the fastest."""
 
 
 UPDATE_DELAYS = {"independent": 0, "together": 0, "parked": 1}

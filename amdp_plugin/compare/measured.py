@@ -14,8 +14,8 @@ from ..plan import schedules
 from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
 from ..plan.costs import CostModel
 from ..plan.placement import Placement
+from ..plan.planner import Planner
 from ..plan.schedule import Schedule
-from ..plan.scheduler import Scheduler
 from ..plan.simulate import steady_state
 from ..runtime.timeline import RUN, WAIT, Event
 from .recording import STOCK, Memory, RankRecord, Step
@@ -83,7 +83,7 @@ class Run:
     def seconds_per_step(self) -> float:
         """Seconds between the ends of two successive steps, of the slowest rank: median over all stretches of steps
         after which the schedule repeats. The steps of one stretch may differ: AMDP's do, by a factor of 2 and more."""
-        first, last = self._scheduler().steady_windows()
+        first, last = self._planner().steady_windows()
         return max(_pace(intervals, last - first) for intervals in self.intervals)
 
     @property
@@ -179,11 +179,11 @@ class Run:
 
     def predicted_seconds(self, costs: CostModel) -> float:
         """Seconds of a step of this run's schedule, in the steady state, if actions cost ``costs``."""
-        return steady_state(self._scheduler(), costs)[1]
+        return steady_state(self._planner(), costs)[1]
 
-    def _scheduler(self) -> Scheduler:
+    def _planner(self) -> Planner:
         """Generates the program that was run."""
-        return Scheduler(self.schedule(), self.first.planned_costs)
+        return Planner(self.schedule(), self.first.planned_costs)
 
 
 def _warm_intervals(steps: Sequence[Step]) -> list[Interval]:

@@ -17,10 +17,10 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from .compare_table import Row, rows, table
 from .machine import cores, describe, others_seconds
 from .measured import Run
 from .recording import PROGRESS, read_records
+from .table import Row, rows, table
 
 POLL_SECONDS = 0.2
 SECONDS_PER_FRAME, SECONDS_PER_LINE = 0.2, 10.0
@@ -86,8 +86,8 @@ def compare(configs: Sequence[Path], job: Job, output: Path) -> str:
 
 def write(runs: Sequence[Run], output: Path, about: dict[str, Any]) -> str:
     """Write the comparison of recorded ``runs``. Returns the table."""
-    from .compare_picture import picture
-    from .compare_trace import trace
+    from .picture import picture
+    from .trace import trace
 
     found = rows(runs)
     text = table(found)

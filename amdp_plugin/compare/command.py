@@ -48,8 +48,8 @@ def compare(
         raise ValueError(f"--nproc is at least 1, got {nproc}")
     if steps < LEAST_STEPS:
         raise ValueError(f"--steps is at least {LEAST_STEPS}, got {steps}")
-    from .compare import Job, JobFailed
-    from .compare import compare as run
+    from .job import Job, JobFailed
+    from .job import compare as run
 
     try:
         table = run(configs, Job(_find(script), script_arguments or [], nproc, steps), output)

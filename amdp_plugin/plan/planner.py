@@ -1,4 +1,4 @@
-"""One scheduler for the whole family: windows of actions, on demand, for ever.
+"""One planner for the whole family: windows of actions, on demand, for ever.
 
 All ranks that hold the same schedule and costs generate the same program. As soon as the state at the
 end of a window repeats, up to a shift in time and in micro-batches, the windows between repeat for ever
@@ -13,7 +13,7 @@ from math import inf
 
 from .action import BACKWARD, FORWARD, UPDATE, Action
 from .costs import CostModel
-from .list_scheduling import Simulation, Window
+from .list_scheduler import ListScheduler, Window
 from .program import Program, Row
 from .schedule import Priority, Schedule
 
@@ -30,7 +30,7 @@ HOPELESS = 0.1
 after two, and so on."""
 
 
-class Scheduler:
+class Planner:
     """Yields the windows of ``schedule`` under ``costs`` (equal stages, backward = 2 forwards, by default).
 
     ``window(k)[rank]`` is what that rank executes from the end of its window ``k - 1`` to the end of its
@@ -53,7 +53,7 @@ class Scheduler:
         self._windows: list[Window] = []
         self._states: dict[object, int] = {}
         self.schedule, priority = _choose(schedule, self.costs)
-        self._simulation = Simulation(self.schedule, self.costs, priority)
+        self._list_scheduler = ListScheduler(self.schedule, self.costs, priority)
 
     def row(self, index: int, rank: int) -> Row:
         """What ``rank`` does in window ``index``."""
@@ -88,8 +88,8 @@ class Scheduler:
 
     def _generate(self) -> None:
         index = len(self._windows)
-        self._windows.append(self._simulation.run_window())
-        state = self._simulation.state(index + 1)
+        self._windows.append(self._list_scheduler.run_window())
+        state = self._list_scheduler.state(index + 1)
         first = self._states.setdefault(state, index)
         if first != index:
             self.period = index - first
@@ -120,7 +120,7 @@ def _fastest(schedule: Schedule, costs: CostModel, limit: float) -> tuple[float,
     bound = AT_THE_BOUND * _busiest_share(schedule, costs)
     fastest: Priority | None = None
     for priority in schedule.priorities:
-        pace = _trial(Simulation(schedule, costs, priority), limit)
+        pace = _trial(ListScheduler(schedule, costs, priority), limit)
         if pace < limit:
             limit, fastest = pace, priority
         if limit <= bound:
@@ -141,17 +141,17 @@ def _busiest_share(schedule: Schedule, costs: CostModel) -> float:
     return max(of_ranks) / sum(of_ranks)
 
 
-def _trial(simulation: Simulation, limit: float) -> float:
+def _trial(list_scheduler: ListScheduler, limit: float) -> float:
     """Nanoseconds that it takes until a nanosecond of work is done, once the pipeline is full; infinite where that is
     clearly above ``limit``, and where ranks wait for each other for ever."""
     pace = start = worked = 0.0
     try:
         for window in range(TRIAL_WINDOWS):
-            simulation.run_window()
+            list_scheduler.run_window()
             if window < FILLED_WINDOWS:
-                start, worked = simulation.now, simulation.worked
+                start, worked = list_scheduler.now, list_scheduler.worked
             else:
-                pace = (simulation.now - start) / (simulation.worked - worked)
+                pace = (list_scheduler.now - start) / (list_scheduler.worked - worked)
                 if pace > limit * (1 + HOPELESS / (window - FILLED_WINDOWS + 1)):
                     return inf
     except ValueError:

@@ -75,7 +75,7 @@ class Lane:
         return self.forwards - done, self.backwards - done, self.freed_at and self.freed_at - now, *messages
 
 
-class Simulation:
+class ListScheduler:
     """All ranks at work: a heap of the instants at which a rank may have something to start.
 
     Args:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..plan.action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from ..plan.picture import BAR_HEIGHT, DOTS_PER_INCH, IDLE, SHADES
 from ..runtime.timeline import RUN
-from .compare_table import readable
 from .measured import Run
 from .recording import Memory, RankRecord
+from .table import readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
