@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
-import sys
-import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,25 +13,18 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import logger
 
 from ..plan.action import Action
-from ..plan.planner import Planner
-from ..plan.report import report
 from ..plan.schedule import Schedule
-from ..runtime.channels import Channels
-from ..runtime.exchange import Exchange, gradient_links, weight_links
-from ..runtime.executor import Executor, keep_sent
-from ..runtime.feed import Feed
-from ..runtime.random_streams import RandomStreams
-from ..runtime.replica import Guest, Replica
-from ..runtime.transport import Transport
-from ..runtime.watch import PipelineStallError, Watch
-from .announcement import agree, announce
+from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_table
+from ..runtime.executor import Executor
+from ..runtime.pipeline import Pipeline, Site
+from ..runtime.replica import Guest
 from .checkpoint import load_random_states, save_random_states
 from .config import read_settings
-from .guests import build_replicas, layers
+from .guests import build_replicas, layers, sum_dtype
 from .instructions import RunAction, WindowSchedule
-from .losses import WindowLosses, broken, summed
-from .meeting import StageGrid, bound_collectives, clip_by_whole_norm, make_stage_local, must_meet
-from .random_state import random_state, seed_all, set_random_state
+from .losses import broken, summed
+from .meeting import StageGrid, clip_by_whole_norm, groups_of, make_stage_local, must_meet
+from .random_state import GENERATORS
 from .worker import EngineWorker
 
 
@@ -51,13 +40,12 @@ class ScheduledPipelineEngine(PipelineEngine):
     whose optimizer lives on another rank.
 
     Attributes:
-        executor: runs the program; has ``largest_gap``, ``peak_in_flight`` and the ``timeline``.
+        pipeline: what runs the program on this rank.
         guests: the replicas here of other ranks' stages, by stage.
     """
 
-    executor: Executor
+    pipeline: Pipeline
     guests: dict[int, PipelineModule]
-    replicas: dict[int, Replica]
     # DeepSpeed's, which has no types
     pipe_buffers: dict[str, list[Any]]
     num_pipe_buffers: int
@@ -75,36 +63,28 @@ class ScheduledPipelineEngine(PipelineEngine):
         self.settings = settings
         # Stages exchange whole activations; DeepSpeed would cut them over tensor-parallel ranks by default.
         self.is_pipe_partitioned = self.is_grad_partitioned = False
-        self.window_losses = WindowLosses()
         self.pipe_buffers["losses"] = []
         self._window: list[Action] = []
         self._reported: dict[tuple[int, int], torch.Tensor] = {}
         self._evaluating = False
         self._loading: Any = None
-        self._at_rest = True
-        planner = self._plan(self._make_schedule(self.micro_batches))
-        schedule = planner.schedule
-        directions = schedule.placement.directions
-        self._feed = Feed(self._pull, partial(schedule.placement.is_end, self.stage_id))
-        self.random_streams = RandomStreams(directions, random_state, set_random_state, seed_all)
-        self._watch = Watch(self.stage_id, settings.timeout_seconds)
-        bound_collectives(self.grid, settings.timeout_seconds)
-        self._channels: Channels | None = None
-        self._exchange: Exchange | None = None
-        self.guests, self.replicas = build_replicas(self, schedule.placement)
-        if schedule.reduces:
-            placement = schedule.placement
-            gradients = self._make_transport(gradient_links(placement))
-            weights = self._make_transport(weight_links(placement))
-            self._exchange = Exchange(placement, self.replicas, gradients, weights, self._watch)
-        self._copy_home()
+        costs = settings.costs(self.num_stages)
+        self.pipeline = Pipeline(self._make_schedule(self.micro_batches), costs, self._site(), self._pull, GENERATORS)
+        bound_collectives(groups_of(self.grid), settings.timeout_seconds)
+        self.guests, replicas = build_replicas(self, self.pipeline.schedule.placement)
+        modules = {self.stage_id: self.module, **self.guests}
+        self.pipeline.hold(replicas, {stage: layers(modules[stage]) for stage in replicas})
         if self._loader is not None:
             super().set_dataloader(self._loader)  # again: now it is known who reads
-        self._build_executor(planner)
-        self._norm_grid = self.mpu if schedule.updates_meet else StageGrid(self.mpu)
+        self._start()
+        self._norm_grid = self.mpu if self.pipeline.schedule.updates_meet else StageGrid(self.mpu)
         if self._norm_grid is not self.mpu:
             make_stage_local(self.optimizer, self._norm_grid)
-        atexit.register(_close, weakref.ref(self))
+
+    @property
+    def executor(self) -> Executor:
+        """Runs the program; has ``largest_gap``, ``peak_in_flight`` and the ``timeline``."""
+        return self.pipeline.executor
 
     # What users call
 
@@ -124,23 +104,17 @@ class ScheduledPipelineEngine(PipelineEngine):
             self.set_dataiterator(data_iter)
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
-        self._at_rest = False
-        try:
-            self._window = list(self.executor.open_window())
-        except StopIteration:
-            self._at_rest = True
-            raise
+        self._window = self.pipeline.open_window()
         with self._acting_as(self.stage_id):
             loss = super().train_batch()
-        self.executor.close_window()
-        self._at_rest = True
+        self.pipeline.close_window()
         self._write_events()
         return loss
 
     def eval_batch(self, data_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's ``eval_batch``, on the weights after the latest update. Training goes on afterwards as if
         it had not been called: what is in flight stays, and it draws no random numbers."""
-        with self._aside(), self._acting_as(self.stage_id), self._watch.guard("evaluation", None):
+        with self._aside(), self._acting_as(self.stage_id), self.pipeline.watch.guard("evaluation", None):
             return super().eval_batch(data_iter, *args, **kwargs)
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -150,10 +124,10 @@ class ScheduledPipelineEngine(PipelineEngine):
         checkpoint equals this one as it goes on, bit for bit.
         """
         self.executor.quiesce()
-        self._copy_home()  # a resumed run has the home's buffers everywhere
+        self.pipeline.copy_home()  # a resumed run has the home's buffers everywhere
         saved = super().save_checkpoint(save_dir, tag, *args, **kwargs)
         tag = f"global_step{self.global_steps}" if tag is None else tag
-        save_random_states(self.random_streams.states(), save_dir, tag, self.global_rank)
+        save_random_states(self.pipeline.random_streams.states(), save_dir, tag, self.global_rank)
         return saved
 
     def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -161,13 +135,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         the checkpoint stands."""
         self.executor.quiesce()
         path, state = super().load_checkpoint(load_dir, *args, **kwargs)
-        if path is not None:
-            states = load_random_states(path, self.global_rank)
-            if states:
-                self.random_streams.load(states)
-            self._copy_home()
-        self.executor.restart(self.global_steps)
-        self._feed.restart(self.global_steps * self.micro_batches)
+        states = None if path is None else load_random_states(path, self.global_rank)
+        self.pipeline.restart(self.global_steps, states)
         return path, state
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
@@ -178,15 +147,16 @@ class ScheduledPipelineEngine(PipelineEngine):
         self.executor.quiesce()
         before = self.global_steps * self.micro_batches
         super().set_train_batch_size(train_batch_size)
-        self._feed.renumber(before, self.global_steps * self.micro_batches)
-        self._build_executor(self._plan(schedule))
+        self.pipeline.feed.renumber(before, self.global_steps * self.micro_batches)
+        self.pipeline.replan(schedule)
+        self._start()
 
     def reset_activation_shape(self) -> None:
         """As in DeepSpeed, on all ranks, when the shapes of the activations are going to change."""
         super().reset_activation_shape()
         self.executor.quiesce()
-        if self._channels is not None:
-            self._channels.forget_shapes()
+        if self.pipeline.channels is not None:
+            self.pipeline.channels.forget_shapes()
 
     def is_first_stage(self) -> bool:
         """Whether the first stage is here, in any direction: then this rank needs data."""
@@ -203,11 +173,12 @@ class ScheduledPipelineEngine(PipelineEngine):
 
     def exchange_buffers(self) -> Iterable[torch.Tensor]:
         """The memory that replicas exchange gradients and weights through on this rank."""
-        return () if self._exchange is None else self._exchange.buffers()
+        return self.pipeline.exchange_buffers()
 
     def guest_gradients(self) -> Iterable[torch.Tensor]:
         """The sums of gradients of this rank's guests."""
-        return (flat for replica in self.replicas.values() if isinstance(replica, Guest) for flat in replica.gradients)
+        replicas = self.pipeline.replicas.values()
+        return (flat for replica in replicas if isinstance(replica, Guest) for flat in replica.gradients)
 
     # What DeepSpeed calls
 
@@ -226,8 +197,8 @@ class ScheduledPipelineEngine(PipelineEngine):
             if row[-1] == self.stage_id:
                 values = self._reported.pop((self.executor.window, direction))
             else:
-                assert self._channels is not None
-                values = self._channels.receive_report(row[-1], len(total), direction)
+                assert self.pipeline.channels is not None
+                values = self.pipeline.channels.receive_report(row[-1], len(total), direction)
             total += values.to(self.device, torch.float32)
         self.dp_group_loss, loss = total[0], total[1]
         if additional:
@@ -263,10 +234,10 @@ class ScheduledPipelineEngine(PipelineEngine):
         placement = self.executor.schedule.placement
         first, after = window * self.micro_batches, (window + 1) * self.micro_batches
         numbers = range(first + direction, after, placement.directions)
-        losses = self.window_losses.take(numbers)
+        losses = self.pipeline.losses.take(numbers)
         self.total_loss, self.total_additional_losses = summed(losses)
         aside = self._acting_as(self.num_stages - 1), self._without_broadcast()
-        with torch.no_grad(), aside[0], aside[1], self._watch.guard("averaging the losses", None):
+        with torch.no_grad(), aside[0], aside[1], self.pipeline.watch.guard("averaging the losses", None):
             loss = super()._aggregate_total_loss()
         additional = list((self.agg_additional_losses or {}).values())
         values = torch.stack([self.dp_group_loss, loss, *additional]).to("cpu", torch.float64)
@@ -276,8 +247,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._reported[window, direction] = values
         for rank in range(self.num_stages):
             if rank != self.stage_id:
-                assert self._channels is not None
-                self._channels.send_report(rank, values, direction)
+                assert self.pipeline.channels is not None
+                self.pipeline.channels.send_report(rank, values, direction)
 
     # How
 
@@ -304,35 +275,23 @@ class ScheduledPipelineEngine(PipelineEngine):
         directions = sum(row[self.stage_id] == self.stage_id for row in schedule.placement.ranks)
         return directions * schedule.in_flight[self.stage_id]
 
-    def _make_transport(self, pairs: Iterable[tuple[int, int]]) -> Transport:
+    def _site(self) -> Site:
         ranks = [self.grid.stage_to_global(stage) for stage in range(self.num_stages)]
-        return Transport(ranks, pairs, torch.device(self.device), self.settings.timeout_seconds)
+        group, device = self.grid.get_pipe_parallel_group(), torch.device(self.device)
+        return Site(self.stage_id, ranks, group, device, self.settings.timeout_seconds, self.dynamic_shape)
 
-    def _copy_home(self) -> None:
-        """Let the guests take the weights and buffers of their homes."""
-        if self._exchange is not None:
-            modules = {self.stage_id: self.module, **self.guests}
-            self._exchange.copy_home({stage: layers(modules[stage]) for stage in self.replicas})
-
-    def _plan(self, schedule: Schedule) -> Planner:
-        """The program, on which all ranks agree, before anything is made for it."""
-        planner = Planner(schedule, self.settings.costs(self.num_stages))
-        agree(self, planner)
-        return planner
-
-    def _build_executor(self, planner: Planner) -> None:
-        """Prove, announce and wire up the program for the present window size."""
-        schedule, planned = planner.schedule, report(planner, windows=1)
-        if self._channels is not None:
-            self._channels.keep_sent = keep_sent(schedule)
-        elif self.num_stages > 1:
-            pairs = [(rank, peer) for rank, peers in enumerate(schedule.placement.neighbours) for peer in peers]
-            transport = self._make_transport(pairs)
-            self._channels = Channels(transport, self._watch, keep_sent(schedule), self.dynamic_shape)
-        worker = EngineWorker(self, schedule, self._feed, self._num_buffers(schedule))
-        self.executor = Executor(planner, self.stage_id, worker, self._channels, self._watch, self._exchange)
-        self.executor.restart(self.global_steps)
-        announce(self, planned)
+    def _start(self) -> None:
+        """Start the program for the present window size, and print what to expect on rank 0, as DeepSpeed prints the
+        stages (its logger keeps silent below warnings)."""
+        schedule = self.pipeline.schedule
+        self.pipeline.start(EngineWorker(self, schedule, self._num_buffers(schedule)), self.global_steps)
+        lines = [clipping_line(self.gradient_clipping(), schedule.updates_meet)]
+        if schedule.reduces:
+            guests = list(self.guests.values())
+            held = Held([self.module], guests, sum_dtype(self.optimizer), self.exchange_buffers())
+            lines += memory_table(held, self.grid.get_pipe_parallel_group(), self.device)
+        if self.global_rank == 0:
+            print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)
 
     def _pull(self) -> Any:
         if self.data_iterator is None and self.batch_fn is None:  # batch_fn may get it from other ranks
@@ -372,11 +331,3 @@ class ScheduledPipelineEngine(PipelineEngine):
             )
 
     _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, RunAction: _exec_run_action}  # noqa: RUF012
-
-
-def _close(reference: weakref.ref[ScheduledPipelineEngine]) -> None:
-    """See this rank's last messages out before the process ends, where all ended well: others may wait for them."""
-    engine = reference()
-    if engine is not None and engine._at_rest and not hasattr(sys, "last_value"):
-        with suppress(PipelineStallError):
-            engine.executor.quiesce()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..plan.placement import Placement
 from ..runtime.replica import GradientOf, Guest, Home, Replica, gradient_of
 from ..runtime.stage import Stage
-from .random_state import random_state, set_random_state
+from .random_state import GENERATORS
 
 
 def build_replicas(engine: Any, placement: Placement) -> tuple[dict[int, PipelineModule], dict[int, Replica]]:
@@ -53,9 +53,9 @@ def build_guest(engine: Any, stage: int) -> PipelineModule:
     guest.tied_modules, guest.tied_weight_attrs = nn.ModuleDict(), {}
     guest.is_checkpointable_results, guest.is_checkpointable_results_interval = [], None
     guest._set_bounds(home.parts[stage], home.parts[stage + 1])
-    state = random_state()
+    state = GENERATORS.get()
     guest._build()
-    set_random_state(state)
+    GENERATORS.put(state)
     guest.to(engine.device)
     _cast(engine, guest)
     if guest.activation_checkpoint_interval > 0:

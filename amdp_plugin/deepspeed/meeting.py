@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import nn
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 
 def must_meet(model: PipelineModule, clipping: float, fp16: bool) -> bool:
@@ -82,8 +80,7 @@ def clip_by_whole_norm(parameters: Iterable[nn.Parameter], limit: float, grid: A
         gradient.mul_(coefficient)
 
 
-def bound_collectives(grid: Any, timeout_seconds: float) -> None:
-    """Let the groups that an engine uses fail, not hang, when a peer is gone."""
+def groups_of(grid: Any) -> list[Any]:
+    """The process groups that an engine uses."""
     groups = [grid.get_data_parallel_group(), grid.get_slice_parallel_group()]
-    for group in [*groups, grid.get_model_parallel_group(), grid.get_pipe_parallel_group()]:
-        _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+    return [*groups, grid.get_model_parallel_group(), grid.get_pipe_parallel_group()]

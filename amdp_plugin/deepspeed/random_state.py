@@ -9,6 +9,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 
+from ..runtime.random_streams import Generators
+
 
 def random_state() -> dict[str, Any]:
     """All generators that layers draw from: torch's on the CPU and the device, the tracker of
@@ -36,3 +38,6 @@ def seed_all(seed: int) -> None:
     """Begin a state from ``seed`` (the tracker of tensor-parallel dropout keeps its own)."""
     torch.manual_seed(seed)
     random.seed(seed)
+
+
+GENERATORS = Generators(random_state, set_random_state, seed_all)

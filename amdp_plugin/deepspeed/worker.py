@@ -6,7 +6,7 @@ schedules, so that timers, activation checkpointing, bf16 and ZeRO-1 go on as th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from deepspeed.pipe import PipelineModule
@@ -15,13 +15,11 @@ from torch import Tensor
 from ..plan.action import Action
 from ..plan.schedule import Schedule
 from ..runtime.channels import Tensors
-from ..runtime.feed import Feed
-from ..runtime.random_streams import RandomStreams
-from ..runtime.replica import Guest, Replica
-from ..runtime.stage import as_tuple, copy_buffers, gradients_of, input_leaf, one_or_tuple, restore_buffers
+from ..runtime.pipeline import Pipeline
+from ..runtime.stage import as_tuple, input_leaf, one_or_tuple
 from ..runtime.weights import live_update
+from ..runtime.worker import StagesWorker
 from .guests import guest_stage, to_device
-from .losses import WindowLosses
 
 
 class StageEngine(Protocol):
@@ -30,10 +28,8 @@ class StageEngine(Protocol):
     stage_id: int
     module: PipelineModule
     guests: Mapping[int, PipelineModule]
-    replicas: Mapping[int, Replica]
-    random_streams: RandomStreams
+    pipeline: Pipeline
     pipe_buffers: dict[str, list[Any]]
-    window_losses: WindowLosses
     loss: Tensor
     total_loss: Any
     total_additional_losses: Any
@@ -49,25 +45,25 @@ class StageEngine(Protocol):
     def _exec_optimizer_step(self) -> None: ...
 
 
-class EngineWorker:
+class EngineWorker(StagesWorker):
     """The stages of ``engine``. In-flight micro-batches of the home stage sit in ``num_buffers`` pipeline buffers."""
 
-    def __init__(self, engine: StageEngine, schedule: Schedule, feed: Feed, num_buffers: int) -> None:
-        self._engine, self._feed, self._schedule = engine, feed, schedule
-        self._directions, self._last = schedule.placement.directions, schedule.num_stages - 1
+    def __init__(self, engine: StageEngine, schedule: Schedule, num_buffers: int) -> None:
+        pipeline = engine.pipeline
+        super().__init__(schedule, pipeline.feed, pipeline.random_streams, pipeline.losses, pipeline.replicas)
+        self._engine = engine
         self._guests = {stage: guest_stage(engine, guest) for stage, guest in engine.guests.items()}
         self._free = list(reversed(range(num_buffers)))
         self._buffers: dict[int, int] = {}
         self._tuples: dict[int, bool] = {}
 
-    def has_window(self, window: int) -> bool:
-        return self._feed.has((window + 1) * self._schedule.micro_batches - 1)
+    def module(self, stage: int) -> PipelineModule:
+        return self._engine.module if stage == self._engine.stage_id else self._engine.guests[stage]
 
-    def forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
-        self._module(action.stage).micro_offset = action.index  # as if the stage had run all micro-batches before
+    def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
+        self.module(action.stage).micro_offset = action.index  # as if the stage had run all micro-batches before
         forward = self._forward_home if action.stage == self._engine.stage_id else self._forward_guest
-        with self._engine.random_streams.drawing(action.index % self._directions):
-            return forward(action, inputs)
+        return forward(action, inputs)
 
     def _forward_home(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         engine, buffers = self._engine, self._engine.pipe_buffers
@@ -75,13 +71,13 @@ class EngineWorker:
         buffer_id = self._buffers[micro_batch] = self._free.pop()
         if inputs is not None:
             buffers["inputs"][buffer_id] = one_or_tuple(tuple(input_leaf(tensor) for tensor in inputs))
-        if stage in (0, self._last):
-            engine.load(self._feed.take(micro_batch), buffer_id)
+        if stage in (0, self.last_stage):
+            engine.load(self.take(micro_batch), buffer_id)
         engine.total_loss = engine.total_additional_losses = None
         engine._exec_forward_pass(buffer_id)
-        if stage == self._last:
+        if stage == self.last_stage:
             buffers["losses"][buffer_id] = engine.loss
-            engine.window_losses.add(micro_batch, engine.total_loss, engine.total_additional_losses)
+            self.losses.add(micro_batch, (engine.total_loss, engine.total_additional_losses))
             engine.total_loss = engine.total_additional_losses = None  # an evaluation would add to them, in place
             return None
         outputs = buffers["outputs"][buffer_id]
@@ -93,29 +89,23 @@ class EngineWorker:
         stage, _, micro_batch = action
         if inputs is None:
             differentiable = engine._reentrant_activation_checkpointing()
-            leaves = as_tuple(to_device(self._feed.take(micro_batch)[0], engine, differentiable))
+            leaves = as_tuple(to_device(self.take(micro_batch)[0], engine, differentiable))
         else:
             leaves = tuple(input_leaf(tensor) for tensor in inputs)
-        if stage == self._last:
-            label = to_device(self._feed.take(micro_batch)[1], engine)
+        if stage == self.last_stage:
+            label = to_device(self.take(micro_batch)[1], engine)
         outputs = self._guests[stage].forward(micro_batch, leaves, label)
-        if stage < self._last:
+        if stage < self.last_stage:
             return outputs
         additional = engine.guests[stage].get_additional_losses()
         copies = additional and {name: loss.detach().clone() for name, loss in additional.items()}
-        engine.window_losses.add(micro_batch, outputs[0].detach().clone(), copies)
+        self.losses.add(micro_batch, (outputs[0].detach().clone(), copies))
         return None
 
-    def backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
-        stage, _, micro_batch = action
-        if stage == self._engine.stage_id:
-            inputs = self._backward_home(micro_batch, gradients)
-        else:
-            inputs = self._guests[stage].backward(micro_batch, gradients)
-            replica = self._engine.replicas[stage]
-            assert isinstance(replica, Guest)
-            replica.accumulate()
-        return None if stage == 0 else gradients_of(inputs)
+    def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
+        if action.stage == self._engine.stage_id:
+            return self._backward_home(action.index, gradients)
+        return self._guests[action.stage].backward(action.index, gradients)
 
     def _backward_home(self, micro_batch: int, gradients: Tensors | None) -> Tensors:
         engine, buffers = self._engine, self._engine.pipe_buffers
@@ -136,36 +126,16 @@ class EngineWorker:
             self._engine._exec_reduce_grads()
             self._engine._exec_optimizer_step()
 
-    def release(self, action: Action) -> None:
-        self._feed.release(action.index)
-
     def end_of_backwards(self, window: int, direction: int) -> None:
         self._engine.report_losses(window, direction)
 
-    def snapshot(self, action: Action) -> Any:
-        direction = action.index % self._directions
-        state = self._engine.random_streams.states()[direction]
-        return direction, state, action.stage, copy_buffers(self._module(action.stage))
-
-    def cancel(self, forwards: Sequence[Action], backwards: Sequence[Action], snapshots: Sequence[Any]) -> None:
-        for stage, _, micro_batch in forwards:
-            if stage == self._engine.stage_id:
-                self._clear(micro_batch)
-                self._tuples.pop(micro_batch, None)
-            else:
-                self._guests[stage].cancel(micro_batch)
-        for _, _, micro_batch in (*forwards, *backwards):
-            self._engine.window_losses.drop(micro_batch)
-        if backwards:
-            for replica in self._engine.replicas.values():
-                replica.clear()
-        self._feed.reopen()
-        for direction, state, stage, copies in snapshots:
-            self._engine.random_streams.restore(direction, state)
-            restore_buffers(self._module(stage), copies)
-
-    def _module(self, stage: int) -> PipelineModule:
-        return self._engine.module if stage == self._engine.stage_id else self._engine.guests[stage]
+    def forget(self, action: Action) -> None:
+        stage, _, micro_batch = action
+        if stage == self._engine.stage_id:
+            self._clear(micro_batch)
+            self._tuples.pop(micro_batch, None)
+        else:
+            self._guests[stage].cancel(micro_batch)
 
     def _clear(self, micro_batch: int) -> None:
         buffer_id = self._buffers.pop(micro_batch)

@@ -8,24 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-GetState = Callable[[], Any]
-SetState = Callable[[Any], None]
-Seed = Callable[[int], Any]
+
+class Generators(NamedTuple):
+    """All generators that layers draw from, as one.
+
+    Args:
+        get: returns their state.
+        put: puts such a state back.
+        seed: begins a state from a number.
+    """
+
+    get: Callable[[], Any]
+    put: Callable[[Any], None]
+    seed: Callable[[int], Any]
 
 
-def split(directions: int, get: GetState, put: SetState, seed: Seed) -> list[Any]:
+CPU = Generators(torch.get_rng_state, torch.set_rng_state, torch.manual_seed)
+"""torch's own on the CPU."""
+
+
+def split(directions: int, generators: Generators = CPU) -> list[Any]:
     """A state for each direction: the present one for the first, others seeded with numbers that it would draw."""
-    present = get()
+    present = generators.get()
     seeds = torch.randint(2**62, (directions,)).tolist()
     states = [present]
     for number in seeds[1:]:
-        seed(number)
-        states.append(get())
-    put(present)
+        generators.seed(number)
+        states.append(generators.get())
+    generators.put(present)
     return states
 
 
@@ -34,19 +48,11 @@ class RandomStreams:
 
     Args:
         directions: how many.
-        get: returns the state of all generators that layers draw from.
-        put: puts such a state back.
-        seed: begins a state from a number.
+        generators: what is drawn from.
     """
 
-    def __init__(
-        self,
-        directions: int,
-        get: GetState = torch.get_rng_state,
-        put: SetState = torch.set_rng_state,
-        seed: Seed = torch.manual_seed,
-    ) -> None:
-        self._directions, self._get, self._put, self._seed = directions, get, put, seed
+    def __init__(self, directions: int, generators: Generators = CPU) -> None:
+        self._directions, self._generators = directions, generators
         self._states: list[Any] = []
 
     @contextmanager
@@ -55,30 +61,30 @@ class RandomStreams:
         if self._directions == 1:
             yield
             return
-        outside = self._get()
-        self._put(self.states()[direction])
+        outside = self._generators.get()
+        self._generators.put(self.states()[direction])
         try:
             yield
         finally:
-            self._states[direction] = self._get()
-            self._put(outside)
+            self._states[direction] = self._generators.get()
+            self._generators.put(outside)
 
     def states(self) -> list[Any]:
         """What every stream would draw next; at first use the process's state is split."""
         if self._directions == 1:
-            return [self._get()]
+            return [self._generators.get()]
         if not self._states:
-            self._states = split(self._directions, self._get, self._put, self._seed)
+            self._states = split(self._directions, self._generators)
         return self._states
 
     def restore(self, direction: int, state: Any) -> None:
         """Let the stream of ``direction`` go on from ``state``."""
         if self._directions == 1:
-            self._put(state)
+            self._generators.put(state)
         else:
             self.states()[direction] = state
 
     def load(self, states: list[Any]) -> None:
         """Go on from :meth:`states` of another run; where that had another number of streams, from its first."""
-        self._put(states[0])
+        self._generators.put(states[0])
         self._states = list(states) if len(states) == self._directions > 1 else []

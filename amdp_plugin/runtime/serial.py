@@ -207,7 +207,7 @@ class SerialPipeline:
         """A stream for each direction, from the state of a rank."""
         outside = torch.get_rng_state()
         torch.set_rng_state(state)
-        states = split(self.schedule.placement.directions, torch.get_rng_state, torch.set_rng_state, torch.manual_seed)
+        states = split(self.schedule.placement.directions)
         torch.set_rng_state(outside)
         return states
 

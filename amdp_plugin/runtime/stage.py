@@ -1,21 +1,14 @@
-"""Stages in plain PyTorch, and a worker that runs those of one rank."""
+"""A stage as autograd runs it, and the handling of what goes in and out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..plan.action import Action
-from ..plan.schedule import Schedule
 from .channels import Tensors
-from .feed import Feed
-from .random_streams import RandomStreams
-from .replica import Guest, Home, Replica
-from .weights import live_update
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -93,102 +86,3 @@ class Stage:
     def cancel(self, micro_batch: int) -> None:
         """Forget a forward."""
         del self._in_flight[micro_batch]
-
-
-class StageWorker:
-    """The stages of one rank (``runtime.executor.Worker``).
-
-    Args:
-        schedule: tells which stages others hold too, and where each has its home.
-        rank: this rank in the pipeline.
-        modules: every stage that it holds.
-        optimizers: for every stage that has its home here, what steps it after a window, with the mean gradient.
-        loss: of the last stage, a scalar.
-        data: where a first or last stage is, the ``(input, label)`` micro-batches of all directions.
-    """
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        rank: int,
-        modules: Mapping[int, nn.Module],
-        optimizers: Mapping[int, torch.optim.Optimizer],
-        loss: Loss | None = None,
-        data: Iterator[tuple[Any, Any]] | None = None,
-    ) -> None:
-        self.modules, self.losses = modules, dict[int, float]()
-        self._micro_batches, self._last = schedule.micro_batches, schedule.num_stages - 1
-        self._directions, self._optimizers = schedule.placement.directions, optimizers
-        self._stages = {
-            stage: Stage(module, loss if stage == self._last else None, lambda loss: loss / self._micro_batches)
-            for stage, module in modules.items()
-        }
-        self.replicas: dict[int, Replica] = {
-            stage: Home(module) if stage in optimizers else Guest(module)
-            for stage, module in modules.items()
-            if len(schedule.placement.holders[stage]) > 1
-        }
-        self.streams = RandomStreams(self._directions)
-        self._feed = Feed(lambda: next(data), partial(schedule.placement.is_end, rank)) if data else None
-
-    def has_window(self, window: int) -> bool:
-        assert self._feed is not None, "the ranks of first and last stages need data"
-        return self._feed.has((window + 1) * self._micro_batches - 1)
-
-    def forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
-        stage, _, micro_batch = action
-        if inputs is None:
-            leaves = as_tuple(self._take(micro_batch)[0])
-        else:
-            leaves = tuple(input_leaf(tensor) for tensor in inputs)
-        label = self._take(micro_batch)[1] if stage == self._last else None
-        with self.streams.drawing(micro_batch % self._directions):
-            outputs = self._stages[stage].forward(micro_batch, leaves, label)
-        if stage < self._last:
-            return outputs
-        self.losses[micro_batch] = float(outputs[0].detach())
-        return None
-
-    def backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
-        stage, _, micro_batch = action
-        inputs = self._stages[stage].backward(micro_batch, gradients)
-        replica = self.replicas.get(stage)
-        if isinstance(replica, Guest):
-            replica.accumulate()
-        return gradients_of(inputs) if stage > 0 else None
-
-    def update(self, action: Action) -> None:
-        optimizer = self._optimizers[action.stage]
-        with live_update(self.modules[action.stage].parameters()):
-            optimizer.step()
-        optimizer.zero_grad()
-
-    def release(self, action: Action) -> None:
-        if self._feed is not None:
-            self._feed.release(action.index)
-
-    def end_of_backwards(self, window: int, direction: int) -> None:
-        pass
-
-    def snapshot(self, action: Action) -> Any:
-        direction = action.index % self._directions
-        return direction, self.streams.states()[direction], action.stage, copy_buffers(self.modules[action.stage])
-
-    def cancel(self, forwards: Sequence[Action], backwards: Sequence[Action], snapshots: Sequence[Any]) -> None:
-        for stage, _, micro_batch in forwards:
-            self._stages[stage].cancel(micro_batch)
-        for _, _, micro_batch in (*forwards, *backwards):
-            self.losses.pop(micro_batch, None)
-        if backwards:
-            for replica in self.replicas.values():
-                replica.clear()
-        if self._feed is not None:
-            self._feed.reopen()
-        for direction, state, stage, buffers in snapshots:
-            self.streams.restore(direction, state)
-            restore_buffers(self.modules[stage], buffers)
-
-    def _take(self, micro_batch: int) -> tuple[Any, Any]:
-        assert self._feed is not None
-        taken: tuple[Any, Any] = self._feed.take(micro_batch)
-        return taken

@@ -152,8 +152,8 @@ def weights(engine: Any) -> dict[int, dict[str, Tensor]]:
 
 def random_states(engine: Any) -> list[Tensor]:
     """What this rank's streams of random numbers would draw next, on the CPU."""
-    streams = getattr(engine, "random_streams", None)
-    return [state["cpu"] for state in streams.states()] if streams else [torch.get_rng_state()]
+    pipeline = getattr(engine, "pipeline", None)
+    return [state["cpu"] for state in pipeline.random_streams.states()] if pipeline else [torch.get_rng_state()]
 
 
 def stream(engine: Any, job: Job, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import amdp_plugin
 from amdp_plugin.deepspeed import engine as engine_module
+from amdp_plugin.runtime import pipeline as pipeline_module
 from tests.processes import outcomes, run_ranks
 from tests.runtime.models import OPTIMIZERS, data, loss
 
@@ -145,11 +146,11 @@ def exit_after(rank: int, job: Job, at_rest: bool) -> list[str]:
     """Which engines are seen out when the process ends between two windows, or within one."""
     engine = make_engine(rank, job)
     train(engine, stream(engine, job), 2)
-    engine._at_rest = at_rest
+    engine.pipeline._at_rest = at_rest
     seen: list[str] = []
     quiesce = engine.executor.quiesce
     engine.executor.quiesce = lambda: seen.append("quiesced")
-    engine_module._close(weakref.ref(engine))
+    pipeline_module._close(weakref.ref(engine.pipeline))
     quiesce()
     return seen
 

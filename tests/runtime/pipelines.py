@@ -12,8 +12,8 @@ from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.channels import Channels
 from amdp_plugin.runtime.exchange import Exchange
 from amdp_plugin.runtime.executor import Executor, keep_sent
+from amdp_plugin.runtime.plain import PlainWorker
 from amdp_plugin.runtime.serial import SerialPipeline
-from amdp_plugin.runtime.stage import StageWorker
 from amdp_plugin.runtime.transport import Transport
 from amdp_plugin.runtime.watch import Watch
 
@@ -56,7 +56,7 @@ def make_channels(
 
 def make_executor(
     rank: int, case: Case, feed: Iterator[Any] | None = None, timeout_seconds: float = 30
-) -> tuple[Executor, StageWorker]:
+) -> tuple[Executor, PlainWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
     planner = Planner(case.make())
     schedule, placement = planner.schedule, planner.schedule.placement
@@ -70,7 +70,7 @@ def make_executor(
     }
     reads = any(placement.is_end(rank, micro_batch) for micro_batch in range(placement.directions))
     micro_batches = (data(case.dtype) if feed is None else feed) if reads else None
-    worker = StageWorker(schedule, rank, modules, optimizers, loss, micro_batches)
+    worker = PlainWorker(schedule, rank, modules, optimizers, loss, micro_batches)
     exchange = None
     if worker.replicas:
         gradients, weights = (
@@ -92,7 +92,7 @@ def make_oracle(case: Case) -> SerialPipeline:
     )
 
 
-def result(executor: Executor, worker: StageWorker) -> dict[str, Any]:
+def result(executor: Executor, worker: PlainWorker) -> dict[str, Any]:
     """What a rank ends with, for :func:`assert_equals_oracle`."""
     executor.quiesce()
     return {
@@ -101,7 +101,7 @@ def result(executor: Executor, worker: StageWorker) -> dict[str, Any]:
             for stage, module in worker.modules.items()
         },
         "random": worker.streams.states(),
-        "losses": dict(worker.losses),
+        "losses": dict(worker.reported),
         "gap": executor.largest_gap,
         "peak": executor.peak_in_flight,
     }

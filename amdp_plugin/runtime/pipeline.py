@@ -1,0 +1,193 @@
+"""Everything that runs a schedule on one rank, wired once, for any host framework."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..plan.action import Action
+from ..plan.costs import CostModel
+from ..plan.planner import Planner
+from ..plan.report import Report, report
+from ..plan.schedule import Schedule
+from .agreement import agree
+from .channels import Channels
+from .exchange import Exchange, gradient_links, weight_links
+from .executor import Executor, Worker, keep_sent
+from .feed import Feed
+from .losses import WindowLosses
+from .random_streams import Generators, RandomStreams
+from .replica import Replica
+from .transport import Transport
+from .watch import PipelineStallError, Watch
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a pipeline runs, as its host knows it.
+
+    Args:
+        rank: this rank in the pipeline.
+        ranks: the global rank of each pipeline rank.
+        group: the host's process group of these ranks.
+        device: where this rank's tensors live.
+        timeout_seconds: the longest that one message may take.
+        dynamic_shapes: whether every activation may have other shapes than the one before.
+    """
+
+    rank: int
+    ranks: Sequence[int]
+    group: dist.ProcessGroup
+    device: torch.device
+    timeout_seconds: float
+    dynamic_shapes: bool = False
+
+
+class Pipeline:
+    """One rank's side of a schedule: what both hosts hold, and what their engines and hooks drive.
+
+    Made in three steps, because a host builds its guests only when all ranks have agreed on the program:
+    the constructor plans and agrees, :meth:`hold` takes the replicas, :meth:`start` the worker.
+
+    Args:
+        schedule: what to run; of its alternatives the planner chooses.
+        costs: what the program is made for.
+        site: where.
+        pull: returns this rank's next micro-batch; raises ``StopIteration`` at the end of the data.
+        generators: what layers draw random numbers from.
+
+    Attributes:
+        executor: runs the program; there after :meth:`start`.
+        planned: the figures of the program; likewise.
+
+    Raises:
+        ValueError: on every rank, where ranks are configured for different programs.
+    """
+
+    executor: Executor
+    planned: Report
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        costs: CostModel,
+        site: Site,
+        pull: Callable[[], Any],
+        generators: Generators,
+    ) -> None:
+        self.site = site
+        self._costs = costs
+        self._planner = self._plan(schedule)
+        placement = self._planner.schedule.placement
+        self.feed = Feed(pull, partial(placement.is_end, site.rank))
+        self.random_streams = RandomStreams(placement.directions, generators)
+        self.watch = Watch(site.rank, site.timeout_seconds)
+        self.losses = WindowLosses()
+        self.exchange: Exchange | None = None
+        self.channels: Channels | None = None
+        self.replicas: Mapping[int, Replica] = {}
+        self._replicated: Mapping[int, nn.Module] = {}
+        self._at_rest = True
+        atexit.register(_close, weakref.ref(self))
+
+    @property
+    def schedule(self) -> Schedule:
+        """What is run: of alternatives, the chosen one."""
+        return self._planner.schedule
+
+    def hold(self, replicas: Mapping[int, Replica], modules: Mapping[int, nn.Module]) -> None:
+        """Take over the stages on this rank that others hold too; guests get the weights of their homes.
+
+        Args:
+            replicas: home or guest, by stage.
+            modules: the same stages' modules, whose parameters and buffers come in one order on all ranks.
+        """
+        self.replicas, self._replicated = replicas, modules
+        if self.schedule.reduces:
+            placement = self.schedule.placement
+            gradients = self._make_transport(gradient_links(placement))
+            weights = self._make_transport(weight_links(placement))
+            self.exchange = Exchange(placement, replicas, gradients, weights, self.watch)
+        self.copy_home()
+
+    def start(self, worker: Worker, window: int) -> None:
+        """Prove the program, and wire it up to ``worker``, to begin with ``window``."""
+        schedule, self.planned = self.schedule, report(self._planner, windows=1)
+        if self.channels is not None:
+            self.channels.keep_sent = keep_sent(schedule)
+        elif schedule.num_ranks > 1:
+            pairs = [(rank, peer) for rank, peers in enumerate(schedule.placement.neighbours) for peer in peers]
+            transport = self._make_transport(pairs)
+            self.channels = Channels(transport, self.watch, keep_sent(schedule), self.site.dynamic_shapes)
+        self.executor = Executor(self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange)
+        self.executor.restart(window)
+
+    def replan(self, schedule: Schedule) -> None:
+        """Take ``schedule``, with windows of another size, for the next :meth:`start`; nothing may be in flight."""
+        self._planner = self._plan(schedule)
+
+    def open_window(self) -> list[Action]:
+        """This rank's actions of the next window; see :meth:`.Executor.open_window`."""
+        self._at_rest = False
+        try:
+            return list(self.executor.open_window())
+        except StopIteration:
+            self._at_rest = True
+            raise
+
+    def close_window(self) -> None:
+        """All actions of the window are done."""
+        self.executor.close_window()
+        self._at_rest = True
+
+    def restart(self, window: int, random_states: list[Any] | None) -> None:
+        """Go on from a checkpoint: nothing is in flight, and data that was read ahead is dropped.
+
+        Args:
+            window: updates that the checkpoint's weights have had.
+            random_states: what its streams of random numbers would draw next, where it tells.
+        """
+        if random_states:
+            self.random_streams.load(random_states)
+        self.copy_home()
+        self.executor.restart(window)
+        self.feed.restart(window * self.schedule.micro_batches)
+
+    def copy_home(self) -> None:
+        """Let the guests take the weights and buffers of their homes; nothing may be in flight."""
+        if self.exchange is not None:
+            self.exchange.copy_home(self._replicated)
+
+    def exchange_buffers(self) -> Iterable[Tensor]:
+        """The memory that replicas exchange gradients and weights through on this rank."""
+        return () if self.exchange is None else self.exchange.buffers()
+
+    def _plan(self, schedule: Schedule) -> Planner:
+        """The program, on which all ranks agree, before anything is made for it."""
+        planner = Planner(schedule, self._costs)
+        agree(planner, self.site.rank, self.site.group, self.site.device)
+        return planner
+
+    def _make_transport(self, pairs: Iterable[tuple[int, int]]) -> Transport:
+        site = self.site
+        return Transport(site.ranks, pairs, site.device, site.timeout_seconds)
+
+
+def _close(reference: weakref.ref[Pipeline]) -> None:
+    """See this rank's last messages out before the process ends, where all ended well: others may wait for them."""
+    pipeline = reference()
+    if pipeline is None or not hasattr(pipeline, "executor"):
+        return
+    if pipeline._at_rest and not hasattr(sys, "last_value"):
+        with suppress(PipelineStallError):
+            pipeline.executor.quiesce()

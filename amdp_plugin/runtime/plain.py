@@ -1,0 +1,93 @@
+"""A worker on stages in plain PyTorch: the runtime without any host framework."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..plan.action import Action
+from ..plan.schedule import Schedule
+from .channels import Tensors
+from .feed import Feed
+from .losses import WindowLosses
+from .random_streams import RandomStreams
+from .replica import Guest, Home
+from .stage import Loss, Stage, as_tuple, input_leaf
+from .weights import live_update
+from .worker import StagesWorker
+
+
+class PlainWorker(StagesWorker):
+    """The stages of one rank, each a module with an optimizer of its own at home.
+
+    Args:
+        schedule: tells which stages others hold too, and where each has its home.
+        rank: this rank in the pipeline.
+        modules: every stage that it holds.
+        optimizers: for every stage that has its home here, what steps it after a window, with the mean gradient.
+        loss: of the last stage, a scalar.
+        data: where a first or last stage is, the ``(input, label)`` micro-batches of all directions.
+
+    Attributes:
+        reported: the loss of every micro-batch whose last stage is here, as far as it was not cancelled.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rank: int,
+        modules: Mapping[int, nn.Module],
+        optimizers: Mapping[int, torch.optim.Optimizer],
+        loss: Loss | None = None,
+        data: Iterator[tuple[Any, Any]] | None = None,
+    ) -> None:
+        feed = Feed(lambda: next(data), partial(schedule.placement.is_end, rank)) if data else None
+        replicas = {
+            stage: Home(module) if stage in optimizers else Guest(module)
+            for stage, module in modules.items()
+            if len(schedule.placement.holders[stage]) > 1
+        }
+        streams = RandomStreams(schedule.placement.directions)
+        super().__init__(schedule, feed, streams, WindowLosses(), replicas)
+        self.modules, self._optimizers, self.reported = modules, optimizers, dict[int, float]()
+        self._stages = {
+            stage: Stage(module, loss if stage == self.last_stage else None, lambda loss: loss / schedule.micro_batches)
+            for stage, module in modules.items()
+        }
+
+    def module(self, stage: int) -> nn.Module:
+        return self.modules[stage]
+
+    def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
+        stage, _, micro_batch = action
+        if inputs is None:
+            leaves = as_tuple(self.take(micro_batch)[0])
+        else:
+            leaves = tuple(input_leaf(tensor) for tensor in inputs)
+        label = self.take(micro_batch)[1] if stage == self.last_stage else None
+        outputs = self._stages[stage].forward(micro_batch, leaves, label)
+        if stage < self.last_stage:
+            return outputs
+        self.losses.add(micro_batch, float(outputs[0].detach()))
+        return None
+
+    def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
+        return self._stages[action.stage].backward(action.index, gradients)
+
+    def forget(self, action: Action) -> None:
+        self._stages[action.stage].cancel(action.index)
+
+    def update(self, action: Action) -> None:
+        optimizer = self._optimizers[action.stage]
+        with live_update(self.modules[action.stage].parameters()):
+            optimizer.step()
+        optimizer.zero_grad()
+
+    def end_of_backwards(self, window: int, direction: int) -> None:
+        size = self.schedule.micro_batches
+        numbers = range(window * size + direction, (window + 1) * size, self.directions)
+        self.reported.update(zip(numbers, self.losses.take(numbers), strict=True))

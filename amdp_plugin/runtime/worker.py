@@ -1,0 +1,112 @@
+"""What the workers of all hosts share (``runtime.executor.Worker``): data, random numbers, guests, cancelling."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..plan.action import Action
+from ..plan.schedule import Schedule
+from .channels import Tensors
+from .feed import Feed
+from .losses import WindowLosses
+from .random_streams import RandomStreams
+from .replica import Guest, Replica
+from .stage import copy_buffers, gradients_of, restore_buffers
+
+
+class StagesWorker(ABC):
+    """The stages of one rank. A host says how its stages compute.
+
+    Args:
+        schedule: what is run.
+        feed: micro-batches by number; ``None`` where no first or last stage is.
+        streams: a stream of random numbers for each direction.
+        losses: of the windows under way.
+        replicas: the stages here that other ranks hold too.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        feed: Feed | None,
+        streams: RandomStreams,
+        losses: WindowLosses,
+        replicas: Mapping[int, Replica],
+    ) -> None:
+        self.schedule, self.streams, self.losses, self.replicas = schedule, streams, losses, replicas
+        self.feed = feed
+        self.directions, self.last_stage = schedule.placement.directions, schedule.num_stages - 1
+
+    # A host's
+
+    @abstractmethod
+    def module(self, stage: int) -> nn.Module:
+        """What runs ``stage`` here."""
+
+    @abstractmethod
+    def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
+        """See :meth:`.Worker.forward`; random numbers are those of its direction."""
+
+    @abstractmethod
+    def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
+        """Accumulate the gradients of the weights; returns the forward's inputs, which have theirs."""
+
+    @abstractmethod
+    def forget(self, action: Action) -> None:
+        """The forward ``action`` is cancelled."""
+
+    @abstractmethod
+    def update(self, action: Action) -> None:
+        """See :meth:`.Worker.update`."""
+
+    @abstractmethod
+    def end_of_backwards(self, window: int, direction: int) -> None:
+        """See :meth:`.Worker.end_of_backwards`."""
+
+    # The same everywhere
+
+    def has_window(self, window: int) -> bool:
+        assert self.feed is not None, "the ranks of first and last stages need data"
+        return self.feed.has((window + 1) * self.schedule.micro_batches - 1)
+
+    def take(self, micro_batch: int) -> Any:
+        """The data of ``micro_batch``."""
+        assert self.feed is not None
+        return self.feed.take(micro_batch)
+
+    def forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
+        with self.streams.drawing(action.index % self.directions):
+            return self.run_forward(action, inputs)
+
+    def backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
+        inputs = self.run_backward(action, gradients)
+        replica = self.replicas.get(action.stage)
+        if isinstance(replica, Guest):
+            replica.accumulate()
+        return None if action.stage == 0 else gradients_of(inputs)
+
+    def release(self, action: Action) -> None:
+        if self.feed is not None:
+            self.feed.release(action.index)
+
+    def snapshot(self, action: Action) -> Any:
+        direction = action.index % self.directions
+        return direction, self.streams.states()[direction], action.stage, copy_buffers(self.module(action.stage))
+
+    def cancel(self, forwards: Sequence[Action], backwards: Sequence[Action], snapshots: Sequence[Any]) -> None:
+        for action in forwards:
+            self.forget(action)
+        for _, _, micro_batch in (*forwards, *backwards):
+            self.losses.drop(micro_batch)
+        if backwards:
+            for replica in self.replicas.values():
+                replica.clear()
+        if self.feed is not None:
+            self.feed.reopen()
+        for direction, state, stage, copies in snapshots:
+            self.streams.restore(direction, state)
+            restore_buffers(self.module(stage), copies)
