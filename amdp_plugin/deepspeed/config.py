@@ -4,60 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from math import inf
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-
-from ..plan import schedules
-from ..plan.costs import CostModel
-from ..plan.schedule import Schedule
-from ..runtime.watch import DEFAULT_TIMEOUT_SECONDS
+from ..settings import ScheduleSettings, read_schedule
 
 STOCK_KEYS = (
     "stages", "partition", "seed_layers", "activation_checkpoint_interval", "pipe_partitioned", "grad_partitioned",
     "use_reentrant",
 )  # fmt: skip
-
-
-class ScheduleSettings(BaseModel):
-    """The options that every schedule has; a schedule's own are added as ``create_model`` fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    name: str
-    timeout_seconds: float = Field(
-        DEFAULT_TIMEOUT_SECONDS, gt=0, description="the longest that one message or collective of the pipeline may take"
-    )
-    backward_ratio: float = Field(2.0, gt=0, lt=inf, description="time of a backward, in forwards of its stage")
-    link_cost: float = Field(0.0, ge=0, lt=inf, description="time of a message between ranks, in forwards of 1")
-    stage_costs: list[float] | None = Field(None, description="time of every stage's forward, where they differ")
-
-    def costs(self, num_stages: int) -> CostModel:
-        """What the program is made for. Only the ratios matter.
-
-        Raises:
-            ValueError: when ``stage_costs`` are of another number of stages, or no times.
-        """
-        return CostModel.relative(
-            num_stages,
-            backward_ratio=self.backward_ratio,
-            link_cost=self.link_cost,
-            stage_costs=self.stage_costs or (),
-        )
-
-    def make(self, num_stages: int, micro_batches: int, meet: bool = False) -> Schedule:
-        """The schedule for a pipeline of ``num_stages`` and ``gradient_accumulation_steps`` of ``micro_batches``.
-
-        Args:
-            meet: whether the job wants one decision of all stages at every update (a norm, a loss scale, a tied
-                weight). Schedules that leave it open (``"updates": "auto"``) then update together.
-        """
-        common = set(ScheduleSettings.model_fields)
-        chosen = {key: value for key, value in self.model_dump().items() if key not in common}
-        if meet and chosen.get("updates") == "auto":
-            chosen["updates"] = "together"
-        return schedules.make(self.name, num_stages, micro_batches, **chosen)
 
 
 def read_settings(pipeline: Any) -> ScheduleSettings | None:
@@ -75,37 +29,7 @@ def read_settings(pipeline: Any) -> ScheduleSettings | None:
     if unknown:
         raise ValueError(f'"pipeline" has no key {", ".join(unknown)}; it has {", ".join(STOCK_KEYS)} and schedule')
     section = pipeline["schedule"]
-    if isinstance(section, str):
-        section = {"name": section}
-    if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
-        raise ValueError(
-            f'"pipeline": {{"schedule": {section!r}}} must be a name, or an object with a "name" and options; '
-            f"the names are {', '.join(schedules.names())}"
-        )
-    model = _settings_model(section["name"])
-    try:
-        return model(**section)
-    except ValidationError as error:
-        raise ValueError(_explain(error, model, section["name"])) from None
-
-
-def _settings_model(name: str) -> type[ScheduleSettings]:
-    fields: dict[str, Any] = {
-        key: (parameter.annotation, parameter.default) for key, parameter in schedules.options(name).items()
-    }
-    return create_model("ScheduleSettings", __base__=ScheduleSettings, **fields)
-
-
-def _explain(error: ValidationError, model: type[ScheduleSettings], name: str) -> str:
-    known = ", ".join(key for key in model.model_fields if key != "name")
-    lines = []
-    for problem in error.errors():
-        option = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"schedule {name!r} has no option {option!r}; its options are {known}")
-        else:
-            lines.append(f"option {option!r} of schedule {name!r} is {problem['input']!r}: {problem['msg']}")
-    return "; ".join(lines)
+    return read_schedule(section, f'"pipeline": {{"schedule": {section!r}}}')
 
 
 def _refuse_misspelling(pipeline: Mapping[str, Any]) -> None:

@@ -15,7 +15,8 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch import nn
 
-from .config import ScheduleSettings, check_compatible, check_topology, enabled, read_settings
+from ..settings import ScheduleSettings
+from .config import check_compatible, check_topology, enabled, read_settings
 from .engine import ScheduledPipelineEngine
 from .meeting import must_meet, tied_across_stages
 

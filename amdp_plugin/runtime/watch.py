@@ -13,8 +13,6 @@ import torch.distributed
 from ..plan.action import Action
 from .timeline import WAIT, Timeline
 
-DEFAULT_TIMEOUT_SECONDS = 600.0
-
 
 class PipelineStallError(RuntimeError):
     """A peer is gone, or what it owes did not come in time. The pipeline cannot go on."""
@@ -35,9 +33,7 @@ class Watch:
         timeline: where waits are recorded.
     """
 
-    def __init__(
-        self, rank: int, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, timeline: Timeline | None = None
-    ) -> None:
+    def __init__(self, rank: int, timeout_seconds: float, timeline: Timeline | None = None) -> None:
         self.rank = rank
         self.timeout = timedelta(seconds=timeout_seconds)
         self.timeline = timeline or Timeline()

@@ -176,7 +176,7 @@ def test_a_rank_that_hangs_stops_its_neighbours() -> None:
 
 
 def test_an_error_of_the_model_is_not_taken_for_a_lost_peer() -> None:
-    watch = Watch(0)
+    watch = Watch(0, 600.0)
     with pytest.raises(RuntimeError, match="mat1 and mat2") as caught, watch.guard("a collective", None):
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not isinstance(caught.value, PipelineStallError)

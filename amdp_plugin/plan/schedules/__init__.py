@@ -1,24 +1,23 @@
 """The named schedules, one short file each, and the registry that finds them.
 
 A schedule is a function ``(num_stages, micro_batches, *, option=default, ...) -> Schedule``; its
-keyword-only arguments are its options. Other packages add theirs through the entry-point group
-``amdp_plugin.schedules``: the entry's name is the schedule's, its object the function.
+keyword-only arguments are its options, each with an annotation and a default. Other packages add theirs
+through the entry-point group ``amdp_plugin.schedules``: the entry's name is the schedule's, its object the function.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from functools import cache
-from importlib.metadata import entry_points
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from ..schedule import Schedule
 from .amdp import amdp
 from .chimera import chimera
 from .gpipe import gpipe
 from .one_f_one_b import one_f_one_b
+from .options import Options, options_of, read_text
 from .paci import paci
 
 ENTRY_POINT_GROUP = "amdp_plugin.schedules"
@@ -32,7 +31,7 @@ BUILT_IN: Mapping[str, Callable[..., Schedule]] = {
 
 
 @cache
-def _third_party() -> Mapping[str, Any]:
+def _third_party() -> Mapping[str, EntryPoint]:
     entries = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     taken = sorted(entries.keys() & BUILT_IN.keys())
     if taken:
@@ -46,18 +45,37 @@ def names() -> list[str]:
 
 
 def factory(name: str) -> Callable[..., Schedule]:
-    """The function that makes schedule ``name``. Raises ``ValueError`` with the known names."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    if name not in _third_party():
+    """The function that makes schedule ``name``.
+
+    Raises:
+        ValueError: with the known names, or for a function that is not one of a schedule.
+    """
+    return _find(name)[0]
+
+
+def options(name: str) -> Options:
+    """The options of schedule ``name``: its function's keyword-only arguments. Raises as :func:`factory`."""
+    return _find(name)[1]
+
+
+def _find(name: str) -> tuple[Callable[..., Schedule], Options]:
+    if name not in BUILT_IN and name not in _third_party():
         raise ValueError(f"unknown schedule {name!r}; the known ones are {', '.join(names())}")
-    return _third_party()[name].load()
+    found = BUILT_IN[name] if name in BUILT_IN else _load(name)
+    return found, options_of(found, _who(name))
 
 
-def options(name: str) -> dict[str, inspect.Parameter]:
-    """The options of schedule ``name``: its keyword-only arguments."""
-    parameters = inspect.signature(factory(name), eval_str=True).parameters
-    return {key: value for key, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY}
+def _load(name: str) -> Any:
+    try:
+        return _third_party()[name].load()
+    except Exception as error:  # it is another package's code
+        raise ValueError(f"{_who(name)} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _who(name: str) -> str:
+    """Schedule ``name``, and where it comes from, for messages about what is wrong with it."""
+    entry = _third_party().get(name)
+    return f"schedule {name!r}" if entry is None else f"schedule {name!r} (entry point {entry.value})"
 
 
 def read_option(name: str, option: str, text: str) -> Any:
@@ -66,36 +84,39 @@ def read_option(name: str, option: str, text: str) -> Any:
     Raises:
         ValueError: when the option is unknown or ``text`` is not of its type.
     """
-    if option not in (known := options(name)):
-        raise ValueError(f"schedule {name!r} has no option {option}; it has {', '.join(known) or 'none'}")
-    wanted = known[option].annotation
-    if get_origin(wanted) is UnionType:
-        wanted = next(kind for kind in get_args(wanted) if kind is not NoneType)
-    if wanted is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if wanted not in (int, float):
-        if wanted is bool:
-            raise ValueError(f"option {option} of schedule {name!r} is true or false, got {text!r}")
-        return text
+    known = options(name)
+    _refuse_unknown(name, {option}, known)
     try:
-        return wanted(text)
-    except ValueError:
-        kind = "a whole number" if wanted is int else "a number"
-        raise ValueError(f"option {option} of schedule {name!r} is {kind}, got {text!r}") from None
+        return read_text(known[option].annotation, text)
+    except ValueError as error:
+        raise ValueError(f"option {option} of schedule {name!r} {error}") from None
 
 
 def make(name: str, num_stages: int, micro_batches: int, **chosen: Any) -> Schedule:
     """Schedule ``name`` for a pipeline of ``num_stages`` and windows of ``micro_batches``.
 
     Raises:
-        ValueError: for an unknown name, an unknown option, or numbers that make no schedule.
+        ValueError: for an unknown name, an unknown option, numbers that make no schedule, or a function that
+            makes another schedule than it was asked for.
     """
-    make_schedule, known = factory(name), options(name)
-    unknown = sorted(chosen.keys() - known.keys())
-    if unknown:
-        raise ValueError(f"schedule {name!r} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    make_schedule, known = _find(name)
+    _refuse_unknown(name, chosen.keys(), known)
     if num_stages < 1:
         raise ValueError(f"{name}: a pipeline needs at least one stage, got {num_stages}")
     if micro_batches < 1:
         raise ValueError(f"{name}: a window needs at least one micro-batch, got {micro_batches}")
-    return make_schedule(num_stages, micro_batches, **chosen)
+    made = make_schedule(num_stages, micro_batches, **chosen)
+    if not isinstance(made, Schedule):
+        raise ValueError(f"{_who(name)} must return a Schedule, it returned a {type(made).__name__}")
+    if (made.num_stages, made.micro_batches) != (num_stages, micro_batches):
+        raise ValueError(
+            f"{_who(name)} was asked for {num_stages} stages and windows of {micro_batches} micro-batches, it made "
+            f"{made.num_stages} stages and windows of {made.micro_batches}"
+        )
+    return made
+
+
+def _refuse_unknown(name: str, chosen: Set[str], known: Options) -> None:
+    unknown = sorted(chosen - known.keys())
+    if unknown:
+        raise ValueError(f"schedule {name!r} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")

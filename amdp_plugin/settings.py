@@ -1,0 +1,94 @@
+"""The options of a schedule as users write them: one set, one set of messages, whatever the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from .plan import schedules
+from .plan.costs import CostModel
+from .plan.schedule import Schedule
+from .plan.schedules.options import COMMON, CommonOptions, read_value
+
+
+@dataclass(frozen=True)
+class ScheduleSettings(CommonOptions):
+    """Which schedule to run, and what it was told.
+
+    Args:
+        options: of its own options, those that were given.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def costs(self, num_stages: int) -> CostModel:
+        """What the program is made for. Only the ratios matter.
+
+        Raises:
+            ValueError: when ``stage_costs`` are of another number of stages, or no times.
+        """
+        return CostModel.relative(
+            num_stages,
+            backward_ratio=self.backward_ratio,
+            link_cost=self.link_cost,
+            stage_costs=self.stage_costs or (),
+        )
+
+    def make(self, num_stages: int, micro_batches: int, meet: bool = False) -> Schedule:
+        """The schedule for a pipeline of ``num_stages`` and windows (optimizer steps) of ``micro_batches``.
+
+        Args:
+            meet: whether the job wants one decision of all stages at every update (a norm, a loss scale, a tied
+                weight). Schedules that leave it open (``"updates": "auto"``) then update together.
+
+        Raises:
+            ValueError: when the numbers make no schedule.
+        """
+        chosen, updates = dict(self.options), schedules.options(self.name).get("updates")
+        if meet and updates is not None and chosen.get("updates", updates.default) == "auto":
+            chosen["updates"] = "together"
+        return schedules.make(self.name, num_stages, micro_batches, **chosen)
+
+
+def read_schedule(section: Any, where: str) -> ScheduleSettings:
+    """Read a schedule's name, or a mapping with its ``"name"`` and options.
+
+    Args:
+        section: what the user wrote.
+        where: where and how it was written, for the message that refuses something else.
+
+    Raises:
+        ValueError: for an unknown schedule, and for options that it does not have or values that they do not take,
+            all of them in one message.
+    """
+    if isinstance(section, str):
+        section = {"name": section}
+    if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
+        raise ValueError(
+            f'{where} must be a name, or an object with a "name" and options; '
+            f"the names are {', '.join(schedules.names())}"
+        )
+    name = section["name"]
+    own = {key: option.annotation for key, option in schedules.options(name).items()}
+    known, values, wrong = {**COMMON, **own}, {}, []
+    for key, value in section.items():
+        if key not in known:
+            listed = ", ".join(option for option in known if option != "name")
+            wrong.append(f"schedule {name!r} has no option {key!r}; its options are {listed}")
+            continue
+        try:
+            values[key] = read_value(known[key], value)
+        except ValidationError as error:
+            wrong += [_explain(name, key, problem) for problem in error.errors()]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    options = {key: values.pop(key) for key in own if key in values}
+    return ScheduleSettings(**values, options=options)
+
+
+def _explain(name: str, key: str, problem: Mapping[str, Any]) -> str:
+    option = ".".join([key, *map(str, problem["loc"])])
+    return f"option {option!r} of schedule {name!r} is {problem['input']!r}: {problem['msg']}"
