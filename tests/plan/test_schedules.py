@@ -2,18 +2,23 @@
 
 import subprocess
 import sys
+from functools import partial
+from importlib.metadata import EntryPoint
+from typing import Any, Literal, Optional
 
 import pytest
 
 from amdp_plugin.plan import schedules
 from amdp_plugin.plan.placement import Placement
 from amdp_plugin.plan.schedule import Schedule
+from amdp_plugin.settings import read_schedule
 
 from .strategies import BIDIRECTIONAL, made, shifted_pairs
 
 THIRD_PARTY = '''
 from amdp_plugin.plan.placement import Placement
 from amdp_plugin.plan.schedule import Schedule
+from amdp_plugin.settings import read_schedule
 
 def patient(num_stages, micro_batches, *, admitted: int = 1, eager: bool = False, share: float = 0.5):
     return Schedule("patient", Placement.one_direction(num_stages), micro_batches, False,
@@ -96,6 +101,162 @@ def test_options_are_read_from_text():
         schedules.read_option("paci", "extra_in_flight", "3.5")
     with pytest.raises(ValueError, match="schedule 'paci' has no option depth; it has extra_in_flight"):
         schedules.read_option("paci", "depth", "3")
+
+
+def patient(num_stages: int, micro_batches: int, **changes: Any) -> Schedule:
+    fields = {"flush": False, "in_flight": (1,) * num_stages, "max_gap": (0,) * num_stages, **changes}
+    return Schedule("patient", Placement.one_direction(num_stages), micro_batches, **fields)
+
+
+class Entry(EntryPoint):
+    """An entry point whose object is at hand."""
+
+    def load(self):
+        return FOUND[self.name]
+
+
+FOUND: dict[str, Any] = {}
+
+
+@pytest.fixture
+def bring(monkeypatch):
+    """Let a function be the schedule of another package."""
+
+    def bring(function: Any) -> None:
+        monkeypatch.setitem(FOUND, "other", function)
+        entry = Entry("other", "other_package:other", schedules.ENTRY_POINT_GROUP)
+        monkeypatch.setattr(schedules, "_third_party", lambda: {"other": entry})
+
+    return bring
+
+
+def many_types(
+    num_stages: int,
+    micro_batches: int,
+    *,
+    depth: Optional[int] = None,  # noqa: UP045
+    width: int | None = 2,
+    eager: bool = False,
+    mode: Literal["fast", "slow"] = "fast",
+    label: str = "",
+    costs: float = 0.0,
+    copy: int = 0,
+) -> Schedule:
+    chosen = {key: value for key, value in locals().items() if key not in ("num_stages", "micro_batches")}
+    return patient(num_stages, micro_batches, options=chosen)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("depth", "3", 3),
+        ("depth", "null", None),
+        ("width", "3", 3),
+        ("eager", "true", True),
+        ("eager", "False", False),
+        ("mode", "slow", "slow"),
+        ("label", "3", "3"),
+        ("label", "True", "True"),
+        ("label", "null", "null"),
+        ("costs", "3", 3.0),
+        ("copy", "3", 3),
+    ],
+)
+def test_every_type_is_read_from_text_and_from_json(bring, option, text, value):
+    bring(many_types)
+    assert schedules.read_option("other", option, text) == value
+    assert type(schedules.read_option("other", option, text)) is type(value)
+    settings = read_schedule({"name": "other", option: value}, "")
+    assert settings.make(2, 2).options == {**many_types(2, 2).options, option: value}
+    assert settings.costs(2).num_stages == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("depth", "x", "option depth of schedule 'other' is a whole number, got 'x'"),
+        ("width", "2.5", "option width of schedule 'other' is a whole number, got '2.5'"),
+        ("eager", "1", "option eager of schedule 'other' is true or false, got '1'"),
+        ("mode", "medium", "option mode of schedule 'other' is 'fast' or 'slow', got 'medium'"),
+    ],
+)
+def test_a_wrong_text_is_told_what_it_should_be(bring, option, text, message):
+    bring(many_types)
+    with pytest.raises(ValueError) as caught:
+        schedules.read_option("other", option, text)
+    assert str(caught.value) == message
+
+
+def swallowed(num_stages, micro_batches, *, timeout_seconds: float = 1.0):
+    return patient(num_stages, micro_batches)
+
+
+def without_default(num_stages, micro_batches, *, depth: int):
+    return patient(num_stages, micro_batches)
+
+
+def without_annotation(num_stages, micro_batches, *, depth=1):
+    return patient(num_stages, micro_batches)
+
+
+def of_no_type(num_stages, micro_batches, *, depth: Entry | None = None):
+    return patient(num_stages, micro_batches)
+
+
+def misspelled(num_stages, micro_batches, *, depth: "Interger" = 1):  # noqa: F821
+    return patient(num_stages, micro_batches)
+
+
+def positional(num_stages, micro_batches, depth: int = 1):
+    return patient(num_stages, micro_batches)
+
+
+def open_ended(num_stages, micro_batches, **rest):
+    return patient(num_stages, micro_batches)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (swallowed, "every schedule has an option 'timeout_seconds' already"),
+        (without_default, "its option 'depth' has no default; write depth: type = default"),
+        (without_annotation, "its option 'depth' has no annotation"),
+        (of_no_type, "no value can be read for its option 'depth'"),
+        (misspelled, "its signature cannot be read: name 'Interger' is not defined"),
+        (positional, "must be a function (num_stages, micro_batches, *, option"),
+        (open_ended, "must be a function (num_stages, micro_batches, *, option"),
+        (3, "must be a function (num_stages, micro_batches, *, option"),
+    ],
+)
+def test_a_signature_is_checked_when_the_schedule_is_found(bring, function, message):
+    bring(function)
+    for use in (schedules.factory, schedules.options, partial(schedules.make, num_stages=2, micro_batches=2)):
+        with pytest.raises(ValueError) as caught:
+            use("other")
+        assert message in str(caught.value)
+        assert str(caught.value).startswith("schedule 'other' (entry point other_package:other)")
+
+
+def test_an_entry_point_that_cannot_be_loaded_is_named(installed):
+    (installed / "patient.py").write_text("import nothing_of_this_name")
+    with pytest.raises(ValueError, match=r"'patient' \(entry point patient:patient\) cannot be loaded: ModuleNotFound"):
+        schedules.make("patient", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("made_instead", "message"),
+    [
+        (lambda stages, size: None, "must return a Schedule, it returned a NoneType"),
+        (lambda stages, size: patient(stages + 1, size), "asked for 2 stages and windows of 4 micro-batches, it made 3"),
+        (lambda stages, size: patient(stages, 8), "it made 2 stages and windows of 8"),
+    ],
+)
+def test_what_a_function_makes_is_checked(bring, made_instead, message):
+    bring(made_instead)
+    with pytest.raises(ValueError) as caught:
+        schedules.make("other", 2, 4)
+    assert "schedule 'other' (entry point other_package:other)" in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_placements():

@@ -1,0 +1,79 @@
+"""The options of a schedule, as every host reads them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.schedules import make
+from amdp_plugin.settings import ScheduleSettings, read_schedule
+
+WHERE = "--pipeline-schedule"
+
+
+def test_a_name_alone_takes_every_default() -> None:
+    settings = read_schedule("paci", WHERE)
+    assert settings == ScheduleSettings("paci", 600.0, 2.0, 0.0, None, {})
+    assert settings.make(4, 8) == make("paci", 4, 8)
+    assert settings.costs(4) == CostModel.uniform(4)
+
+
+def test_options_reach_the_schedule_and_the_costs() -> None:
+    section = {
+        "name": "paci",
+        "extra_in_flight": 2,
+        "timeout_seconds": 5,
+        "backward_ratio": 1.5,
+        "link_cost": 0.25,
+        "stage_costs": [1.0, 2.0],
+    }
+    settings = read_schedule(section, WHERE)
+    assert settings.timeout_seconds == 5
+    assert settings.make(2, 4).in_flight == (4, 3)
+    assert settings.costs(2) == CostModel((1.0, 2.0), (1.5, 3.0), (0.0, 0.0), link_latency=0.25)
+
+
+def test_what_is_left_open_meets_where_the_job_wants_it() -> None:
+    """``auto`` written or left out; what was said stays."""
+    for section in ("amdp", {"name": "amdp", "updates": "auto"}):
+        settings = read_schedule(section, WHERE)
+        assert not settings.make(4, 8).updates_meet
+        assert settings.make(4, 8, meet=True).updates_meet
+    said = read_schedule({"name": "amdp", "updates": "independent"}, WHERE)
+    assert not said.make(4, 8, meet=True).updates_meet
+    assert not read_schedule("paci", WHERE).make(4, 8, meet=True).updates_meet
+
+
+@pytest.mark.parametrize(
+    ("section", "parts"),
+    [
+        (3, [f"{WHERE} must be a name, or an object", "the names are 1f1b, amdp"]),
+        ({"extra_in_flight": 1}, [f"{WHERE} must be a name"]),
+        ("pacy", ["unknown schedule 'pacy'"]),
+        ({"name": "paci", "options": {}}, ["schedule 'paci' has no option 'options'; its options are timeout_seconds"]),
+        ({"name": "paci", "stage_costs": [1.0, "x"]}, ["option 'stage_costs.1' of schedule 'paci' is 'x'"]),
+        ({"name": "paci", "link_cost": -1.0}, ["option 'link_cost' of schedule 'paci' is -1.0: ", "greater than or"]),
+        (
+            {"name": "paci", "timeout_seconds": 0, "extra_in_flight": "2", "depth": 1},
+            ["'timeout_seconds'", "'extra_in_flight' of schedule 'paci' is '2'", "no option 'depth'"],
+        ),
+    ],
+)
+def test_mistakes_are_named(section: Any, parts: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_schedule(section, WHERE)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_no_torch_is_imported() -> None:
+    code = (
+        "import sys; from amdp_plugin.settings import read_schedule; read_schedule('amdp', '').make(4, 8); "
+        "print(sorted({'torch', 'deepspeed', 'megatron', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
