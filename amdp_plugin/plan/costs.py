@@ -106,5 +106,9 @@ class CostModel:
         """Nanoseconds from the end of an action to the arrival of its message on another rank."""
         return ticks(self.link_latency + self.message_bytes / self.link_bandwidth)
 
+    def meeting_ticks(self, ranks: int) -> int:
+        """Nanoseconds from the last entry into a meeting of ``ranks`` until all go on: the word must go round."""
+        return self.link_ticks() if ranks > 1 else 0
+
     def _seconds(self, kind: str) -> Sequence[float]:
         return {FORWARD: self.forward, BACKWARD: self.backward, UPDATE: self.update}.get(kind, ())

@@ -10,7 +10,8 @@ from collections import deque
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .costs import CostModel, ticks
-from .program import Row
+from .laws import PROGRESS, ProgramError, breach
+from .program import Program, Row
 from .schedule import Priority, Schedule
 
 Window = tuple[Row, ...]
@@ -85,7 +86,8 @@ class ListScheduler:
     """
 
     def __init__(self, schedule: Schedule, costs: CostModel, priority: Priority) -> None:
-        self.schedule, self.link, self.priority = schedule, costs.link_ticks(), priority
+        self.schedule, self.priority = schedule, priority
+        self.link, self.meeting_ticks = costs.link_ticks(), costs.meeting_ticks(schedule.num_ranks)
         self.directions = schedule.placement.directions
         self.mean_forward = ticks(sum(costs.forward) / costs.num_stages)
         stages, ranks = range(schedule.num_stages), range(schedule.num_ranks)
@@ -110,7 +112,8 @@ class ListScheduler:
         self.mail: list[dict[int, deque[tuple[Action, Message]]]] = [{} for _ in ranks]
         """For every rank, by sender, the reductions and updates that wait or are under way, in the order of sending."""
         self.at_home = [self.holdings[holders[0]][stage] for stage, holders in enumerate(schedule.placement.holders)]
-        self.homes = {holding.rank for holding in self.at_home}
+        self.homes = {rank for rank, _ in schedule.meeting(self.at_home[0].rank, Action(0, UPDATE, 0))}
+        """The ranks that meet at every update, if any do."""
         self.entered: list[tuple[int, Action]] = []
         self.meetings = 0
         self.meeting_at: int | None = None
@@ -124,7 +127,7 @@ class ListScheduler:
         """Simulate until every rank has closed one more window; return that window."""
         while not all(self.window_ends):
             if not self.events:
-                raise ValueError(f"{self.schedule.name}: no rank can go on; its in-flight limits deadlock")
+                raise self._deadlock()
             self.now, rank = heapq.heappop(self.events)
             if self.free_at[rank] <= self.now:
                 action = self._choose(rank)
@@ -139,12 +142,20 @@ class ListScheduler:
             self.window_ends[rank] = deque(later - end for later in self.window_ends[rank])
         return tuple(window)
 
+    def _deadlock(self) -> ProgramError:
+        """No rank can go on: what the one that is furthest behind has done since its last window."""
+        behind = min(range(len(self.rows)), key=lambda rank: (self.closed[rank], len(self.rows[rank])))
+        stuck = Program(self.schedule, 0, tuple(map(tuple, self.rows)))
+        what = f"rank {behind} has nothing that it may start, in its window {self.closed[behind]}, nor has any other"
+        return breach(stuck, behind, len(self.rows[behind]), PROGRESS, what)
+
     def state(self, window: int) -> object:
-        """Everything that the future depends on, with time and micro-batches counted from now."""
+        """Everything that the future depends on, with time, windows and micro-batches counted from now."""
         now, micro_batches = self.now, self.schedule.micro_batches
         done = window * micro_batches // self.directions
         return (
             self.last_rank,
+            window % (self.schedule.flush_every or 1),
             tuple(max(0, time - now) for time in self.free_at),
             tuple(closed - window for closed in self.closed),
             tuple(lane.state(window, done, now) for row in self.lanes for lane in row),
@@ -153,7 +164,7 @@ class ListScheduler:
             tuple(tuple(holding.stage for holding in holdings) for holdings in self.unfinished),
             tuple(self._mail_state(boxes, window) for boxes in self.mail),
             tuple((rank, action.shifted(-window, micro_batches)) for rank, action in self.entered),
-            self.schedule.together and self.meetings - window,
+            bool(self.homes) and self.meetings - window,
             self.meeting_at and max(0, self.meeting_at - now),
         )
 
@@ -177,7 +188,7 @@ class ListScheduler:
             ready = [entry for entry in ready if self.now + self._ticks(entry[0]) <= self.meeting_at]
         if len(ready) < 2:
             return ready[0][0] if ready else due
-        return min(ready, key=lambda entry: self.priority(entry[0], entry[1] / self.mean_forward))[0]
+        return self.schedule.preferred(self.priority, [(action, since / self.mean_forward) for action, since in ready])
 
     def _due(self, rank: int) -> Action | None:
         """A reduction, because others wait for it, or an update that ``rank`` may start now."""
@@ -225,14 +236,17 @@ class ListScheduler:
     def _ready(self, lane: Lane) -> list[tuple[Action, int]]:
         """What ``lane`` could start now, and since when (nanoseconds)."""
         holding, closed, now, ready = lane.holding, self.closed[lane.holding.rank], self.now, []
+        size = self.schedule.micro_batches
         if lane.backward_arrivals and holding.may_backward:
             time, sent = lane.backward_arrivals[0]
-            if time <= now and sent <= closed:
-                ready.append((Action(lane.stage, BACKWARD, lane.direction + self.directions * lane.backwards), time))
+            micro_batch = lane.direction + self.directions * lane.backwards
+            # Directions that share a sum of gradients go window by window, whatever the priority would start.
+            if time <= now and sent <= closed and micro_batch // size <= holding.completed:
+                ready.append((Action(lane.stage, BACKWARD, micro_batch), time))
         if lane.forwards - lane.backwards < lane.in_flight and (lane.forward_arrivals or not lane.stage):
             time, sent = lane.forward_arrivals[0] if lane.stage else (lane.freed_at, 0)
             micro_batch = lane.direction + self.directions * lane.forwards
-            waits = self.schedule.flush and micro_batch // self.schedule.micro_batches > holding.updates
+            waits = holding.updates < self.schedule.updates_before(micro_batch // size)
             if time <= now and sent <= closed and not waits:
                 ready.append((Action(lane.stage, FORWARD, micro_batch), time))
         return ready
@@ -252,7 +266,7 @@ class ListScheduler:
             self.meetings, self.meeting_at = self.meetings + 1, None
             entered, self.entered = self.entered, []
             for waiting, update in entered:
-                self._run(waiting, update, self.now + (self.link if self.schedule.num_ranks > 1 else 0))
+                self._run(waiting, update, self.now + self.meeting_ticks)
 
     def _run(self, rank: int, action: Action, start: int) -> None:
         finish = start + (self._ticks(action) if self.schedule.computes(rank, action) else 0)
@@ -268,7 +282,7 @@ class ListScheduler:
         else:
             self._update(rank, action, finish)
         self._close(rank)
-        if self.schedule.together and action.kind != FORWARD:
+        if self.homes and action.kind != FORWARD:
             self._look_for_meeting()
 
     def _ticks(self, action: Action) -> int:

@@ -23,6 +23,9 @@ class Placement:
             raise ValueError("a placement needs at least one direction and one stage")
         if any(len(row) != self.num_stages for row in self.ranks):
             raise ValueError(f"every direction places all {self.num_stages} stages; got {self.ranks}")
+        used = {rank for row in self.ranks for rank in row}
+        if used != set(range(len(used))):
+            raise ValueError(f"ranks are numbered 0 to {len(used) - 1}, every one with a stage; got {self.ranks}")
 
     @classmethod
     def one_direction(cls, num_stages: int) -> Placement:

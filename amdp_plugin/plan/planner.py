@@ -13,6 +13,7 @@ from math import inf
 
 from .action import BACKWARD, FORWARD, UPDATE, Action
 from .costs import CostModel
+from .laws import ProgramError
 from .list_scheduler import ListScheduler, Window
 from .program import Program, Row
 from .schedule import Priority, Schedule
@@ -154,6 +155,6 @@ def _trial(list_scheduler: ListScheduler, limit: float) -> float:
                 pace = (list_scheduler.now - start) / (list_scheduler.worked - worked)
                 if pace > limit * (1 + HOPELESS / (window - FILLED_WINDOWS + 1)):
                     return inf
-    except ValueError:
+    except ProgramError:
         return inf
     return pace

@@ -9,11 +9,12 @@ from itertools import groupby
 from textwrap import wrap
 from typing import Any
 
+from .laws import PROGRESS, ProgramError
 from .planner import Planner
 from .program import Program
 from .schedule import Schedule
 from .simulate import in_flight, simulate
-from .verify import ProgramError, verify
+from .verify import verify
 from .versions import Version, versions
 
 ACTIONS_TO_EXAMINE = 100_000
@@ -172,7 +173,7 @@ def _deadlock(program: Program) -> str | None:
     try:
         verify(program)
     except ProgramError as error:
-        if error.law != 3:
+        if error.law != PROGRESS.number:
             raise
         return str(error)
     return None

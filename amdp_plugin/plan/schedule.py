@@ -1,8 +1,23 @@
-"""A named schedule as a point in the family: what it is, not the order it leads to."""
+"""A named schedule as a point in the family: what it is, not the order it leads to.
+
+What every action needs before it may run, what it sends to another rank, and whom it meets:
+
+| action | runs on | needs | sends | meets |
+|---|---|---|---|---|
+| ``F(s, m)`` | its direction's rank | ``F(s-1, m)``; the stage's update before the latest flush | activation to ``F(s+1, m)`` | |
+| ``B(s, m)`` | its direction's rank | ``F(s, m)`` and ``B(s+1, m)`` | gradient to ``B(s-1, m)`` | |
+| ``R(s, k)`` | a guest | its backwards of window ``k`` | its sum of gradients to the home's ``R(s, k)`` | |
+| ``R(s, k)`` | the home | its backwards of window ``k``, the ``R(s, k)`` of all guests | | |
+| ``U(s, k)`` | the home | ``R(s, k)``; its backwards, where nobody else holds the stage | weights to the guests' ``U(s, k)`` | with ``together``, the homes of all stages |
+| ``U(s, k)`` | a guest | ``U(s, k)`` of the home | | |
+
+:meth:`Schedule.dependencies`, :meth:`Schedule.message` and :meth:`Schedule.meeting` say it, and whoever orders,
+checks, times or runs actions asks them.
+"""  # noqa: E501
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +30,9 @@ Place = tuple[int, Action]
 Priority = Callable[[Action, float], tuple[Any, ...]]
 """Orders what a rank could start now, the least first. Takes the action, and the instant since which it could
 be started, in mean forwards of a stage."""
+
+
+WEIGHTS = ("latest", "stashed")
 
 
 def backward_first(action: Action, since: float) -> tuple[int, int]:
@@ -34,42 +52,50 @@ def oldest_first(action: Action, since: float) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The four choices that make a schedule, and the bounds that it states.
+    """The choices that make a schedule, and the bounds that it states.
 
     Args:
         name: what users write in their configuration.
+
         placement: which rank runs which stage of which direction.
         micro_batches: micro-batches of a window, over all directions; one window is one optimizer step.
-        flush: whether a stage waits for its update before it forwards the next window.
+        flush_every: a stage forwards no micro-batch of window ``flush_every``, ``2 * flush_every``, ... before its
+            update of the window before. 1: a flush at every window, the schedule is synchronous. 0: never.
         in_flight: for every stage, how many micro-batches of one direction may be forwarded and not yet
             backwarded.
         max_gap: for every stage, the largest (version at backward) - (version at forward) it may show.
-        priorities: the orders to choose from, by trial under the costs at hand, what a rank starts.
+        weights: which weights a backward uses: the ``"latest"``, or those of its forward, ``"stashed"``.
+
         update_delay: backwards of the next window that a rank may run on a stage, at most, before the update
             of the closed window; above 0 the closed window's gradient is parked meanwhile.
         together: whether the homes' updates of a window are one meeting: every home enters with its own, and
             none goes on before the last has entered (exact global gradient norms, a common loss scale).
-        weights: which weights a forward and a backward use.
-        correction: what is done to a gradient that was computed across an update.
+
+        priorities: the orders to choose from, by trial under the costs at hand, what a rank starts.
         alternatives: like schedules that need less memory, the least first. A planner takes the first that is
             nearly as fast, under the costs at hand, as any of them and as this one, whose bounds hold for all.
         options: the options the schedule was made with, for reports.
 
+    The name apart, these say, in order: what is done with each micro-batch and what that costs; how the stages
+    come to their updates; and what is left to tune.
+
     Raises:
-        ValueError: when the numbers cannot make a schedule.
+        ValueError: when the numbers cannot make a schedule, or a priority cannot order two actions.
     """
 
     name: str
+
     placement: Placement
     micro_batches: int
-    flush: bool
+    flush_every: int
     in_flight: tuple[int, ...]
     max_gap: tuple[int, ...]
-    priorities: tuple[Priority, ...] = (backward_first,)
+    weights: str = "latest"
+
     update_delay: int = 0
     together: bool = False
-    weights: str = "latest"
-    correction: str = "none"
+
+    priorities: tuple[Priority, ...] = (backward_first,)
     alternatives: tuple[Schedule, ...] = ()
     options: dict[str, Any] = field(default_factory=dict, compare=False)
 
@@ -84,17 +110,31 @@ class Schedule:
                 f"{self.name}: {self.micro_batches} micro-batches do not divide over {directions} directions; "
                 f"use {nearest}"
             )
+        if self.flush_every < 0:
+            raise ValueError(f"{self.name}: flush_every counts windows, 0 for never; got {self.flush_every}")
         if len(self.in_flight) != stages or len(self.max_gap) != stages:
             raise ValueError(f"{self.name}: in_flight and max_gap need one entry for each of {stages} stages")
         if min(self.in_flight) < 1:
             raise ValueError(f"{self.name}: every stage must admit at least one micro-batch, got {self.in_flight}")
-        if self.flush and self.update_delay:
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"{self.name}: weights are {' or '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.flush_every and self.update_delay:
             raise ValueError(f"{self.name}: an update cannot stand later than a flush that waits for it")
         if self.reduces and self.update_delay > self.micro_batches // directions:
             raise ValueError(
                 f"{self.name}: where ranks share stages an update stands at most one window late, so update_delay "
                 f"is at most {self.micro_batches // directions}, got {self.update_delay}"
             )
+        self._try_priorities()
+
+    def _try_priorities(self) -> None:
+        """They are called in earnest only where a rank has a choice, which may come late in a run."""
+        if not self.priorities:
+            raise ValueError(f"{self.name}: priorities are empty; leave them out for a backward before a forward")
+        stages, indices = range(self.num_stages), (0, self.micro_batches)
+        sample = [Action(stage, kind, index) for stage in stages for kind in (FORWARD, BACKWARD) for index in indices]
+        for priority in self.priorities:
+            self.preferred(priority, [(action, 0.0) for action in sample])
 
     @property
     def num_stages(self) -> int:
@@ -105,6 +145,11 @@ class Schedule:
         return self.placement.num_ranks
 
     @property
+    def flush(self) -> bool:
+        """Whether every window ends with a flush, so that no version ever differs."""
+        return self.flush_every == 1
+
+    @property
     def reduces(self) -> bool:
         """Whether some stage lives on several ranks, so that their gradients must meet."""
         return any(len(holders) > 1 for holders in self.placement.holders)
@@ -113,6 +158,25 @@ class Schedule:
     def updates_meet(self) -> bool:
         """Whether all stages update at one point, where they can decide together: on a norm or a loss scale."""
         return self.flush or self.together
+
+    def updates_before(self, window: int) -> int:
+        """Updates that a stage must have had before it forwards for ``window``: those up to the latest flush."""
+        return window // self.flush_every * self.flush_every if self.flush_every else 0
+
+    def preferred(self, priority: Priority, ready: Iterable[tuple[Action, float]]) -> Action:
+        """Of what a rank could start, and since when, that which ``priority`` puts first.
+
+        Raises:
+            ValueError: when it fails, or what it returns cannot be compared.
+        """
+        try:
+            return min(ready, key=lambda entry: priority(*entry))[0]
+        except Exception as error:  # whoever wrote it may have made any mistake
+            called = getattr(priority, "__qualname__", repr(priority))
+            raise ValueError(
+                f"{self.name}: the priority {called} failed with {type(error).__name__}: {error}; it takes an action "
+                "(stage, kind F or B, micro-batch) and the instant since which it could start, and returns a tuple"
+            ) from error
 
     def backwards_per_window(self, rank: int, stage: int) -> int:
         """Backwards of ``stage`` that ``rank`` runs in one window."""
@@ -166,8 +230,8 @@ class Schedule:
         stage, kind, index = action
         rank_of, home = self.placement.rank_of, self.placement.home(stage)
         if kind == FORWARD:
-            if self.flush and index >= self.micro_batches:
-                yield rank, Action(stage, UPDATE, index // self.micro_batches - 1)
+            if updates := self.updates_before(index // self.micro_batches):
+                yield rank, Action(stage, UPDATE, updates - 1)
             if stage > 0:
                 yield rank_of(stage - 1, index), Action(stage - 1, FORWARD, index)
         elif kind == BACKWARD:

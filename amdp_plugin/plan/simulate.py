@@ -81,7 +81,7 @@ def simulate(program: Program, costs: CostModel) -> Timing:
             # Here the first of them to go on finds the others where they wait.
             window = action.index
             if window not in met:
-                met[window] = max(ready(*place) for place in meeting) + (link if schedule.num_ranks > 1 else 0)
+                met[window] = max(ready(*place) for place in meeting) + costs.meeting_ticks(schedule.num_ranks)
             start = max(start, met[window])
         work = costs.action_ticks(action) if schedule.computes(rank, action) else 0
         free_at[rank] = finish[rank, action] = start + work

@@ -5,24 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
+from .laws import BOUNDS, FLUSH, ORDER, PLACES, PROGRESS, WINDOWS, ProgramError, breach
 from .play import Stuck, play
 from .program import Program
-from .render import text_grid
 from .versions import versions
-
-
-class ProgramError(ValueError):
-    """A program breaks a law. The message names the rank, its step and the law, and shows the cell in the grid.
-
-    Args:
-        law: its number, as DESIGN.md counts them.
-        cell: (rank, position in its row); the position may be the row's length, which means its end.
-    """
-
-    def __init__(self, message: str, law: int, cell: tuple[int, int] | None = None) -> None:
-        super().__init__(message)
-        self.law = law
-        self.cell = cell
 
 
 def verify(program: Program) -> None:
@@ -38,32 +24,25 @@ def verify(program: Program) -> None:
     _check_bounds(program)
 
 
-def _breach(program: Program, rank: int, position: int, law: int, what: str) -> ProgramError:
-    row = program.rows[rank]
-    cell = f"{row[position]} (rank {rank}, step {position})" if position < len(row) else f"the end of rank {rank}"
-    grid = text_grid(program, mark=(rank, position))
-    message = f"{program.schedule.name} breaks law {law} at {cell}: {what}\n{grid}"
-    return ProgramError(message, law, (rank, position))
-
-
 def _check_places(program: Program) -> None:
     """Law 1: every (stage, micro-batch) once forward and once backward, on the rank that owns it."""
     schedule = program.schedule
     complete = program.windows * schedule.micro_batches
     if len(program.rows) != schedule.num_ranks:
         what = f"it has {schedule.num_ranks} ranks, the program has {len(program.rows)} rows"
-        raise ProgramError(f"{schedule.name} breaks law 1: {what}", 1)
+        raise ProgramError(f"{schedule.name} breaks {PLACES}: {what}", PLACES.number)
     seen: set[tuple[int, Action]] = set()
     for rank, row in enumerate(program.rows):
         for position, action in enumerate(row):
             holds = schedule.placement.stages[rank]
             if action.stage not in holds:
-                raise _breach(program, rank, position, 1, f"rank {rank} holds the stages {holds}, not {action.stage}")
+                what = f"rank {rank} holds the stages {holds}, not {action.stage}"
+                raise breach(program, rank, position, PLACES, what)
             owner = schedule.owner(action)
             if owner not in (rank, None):
-                raise _breach(program, rank, position, 1, f"it belongs to rank {owner}")
+                raise breach(program, rank, position, PLACES, f"it belongs to rank {owner}")
             if (rank, action) in seen:
-                raise _breach(program, rank, position, 1, f"rank {rank} has run {action} before")
+                raise breach(program, rank, position, PLACES, f"rank {rank} has run {action} before")
             seen.add((rank, action))
     for micro_batch in range(complete):
         for stage in range(schedule.num_stages):
@@ -71,7 +50,7 @@ def _check_places(program: Program) -> None:
             for kind in (FORWARD, BACKWARD):
                 if (rank, Action(stage, kind, micro_batch)) not in seen:
                     owes = f"rank {rank} owes {Action(stage, kind, micro_batch)} and never runs it"
-                    raise _breach(program, rank, len(program.rows[rank]), 1, owes)
+                    raise breach(program, rank, len(program.rows[rank]), PLACES, owes)
 
 
 def _check_updates(program: Program) -> None:
@@ -86,21 +65,21 @@ def _check_updates(program: Program) -> None:
                 early = backwards[stage] + 1 - (updates[stage] + 1) * per_window
                 if early > schedule.update_delay:
                     owes = f"rank {rank} owes {Action(stage, UPDATE, updates[stage])} first, or mixes two windows"
-                    raise _breach(program, rank, position, 4, owes)
+                    raise breach(program, rank, position, WINDOWS, owes)
                 backwards[stage] += 1
             elif kind in (REDUCE, UPDATE):
                 if index != updates[stage]:
                     due = Action(stage, kind, updates[stage])
-                    raise _breach(program, rank, position, 4, f"the next one due on rank {rank} is {due}")
+                    raise breach(program, rank, position, WINDOWS, f"the next one due on rank {rank} is {due}")
                 if backwards[stage] < (index + 1) * per_window:
                     count = backwards[stage] - index * per_window
                     what = f"only {count} of {per_window} backwards of window {index} are in it"
-                    raise _breach(program, rank, position, 4, what)
+                    raise breach(program, rank, position, WINDOWS, what)
                 updates[stage] += kind == UPDATE
         for stage in schedule.placement.stages[rank]:
             if updates[stage] < program.windows - schedule.windows_late(rank, stage):
                 owes = f"rank {rank} owes {Action(stage, UPDATE, updates[stage])} and never runs it"
-                raise _breach(program, rank, len(row), 4, owes)
+                raise breach(program, rank, len(row), WINDOWS, owes)
 
 
 def _check_messages(program: Program) -> None:
@@ -121,7 +100,7 @@ def _check_messages(program: Program) -> None:
         for sent, (position, action) in zip(at_sender[sender, receiver], used, strict=False):
             if sent != action:
                 what = f"the next that rank {sender} sends to rank {receiver} is {sent}"
-                raise _breach(program, receiver, position, 3, what)
+                raise breach(program, receiver, position, PROGRESS, what)
 
 
 def _check_order(program: Program) -> None:
@@ -132,14 +111,14 @@ def _check_order(program: Program) -> None:
     except Stuck as stuck:
         rank = _root(program, stuck)
         position, action, (owner, missing) = stuck.blocked[rank]
-        law = 6 if action.kind == FORWARD and missing.kind == UPDATE else 2
+        law = FLUSH if action.kind == FORWARD and missing.kind == UPDATE else ORDER
         what = f"it needs {missing}, which rank {owner} owes "
         if missing not in program.rows[owner]:
-            raise _breach(program, rank, position, law, what + "and never runs") from None
+            raise breach(program, rank, position, law, what + "and never runs") from None
         what += f"only at step {program.rows[owner].index(missing)}"
         if owner != rank:
-            law, what = 3, what + _circle(rank, stuck)
-        raise _breach(program, rank, position, law, what) from None
+            law, what = PROGRESS, what + _circle(rank, stuck)
+        raise breach(program, rank, position, law, what) from None
 
 
 def _circle(rank: int, stuck: Stuck) -> str:
@@ -179,10 +158,10 @@ def _check_bounds(program: Program) -> None:
                 if flying[lane] > schedule.in_flight[stage]:
                     count, most = flying[lane], schedule.in_flight[stage]
                     what = f"{count} micro-batches in flight on stage {stage}, at most {most} are stated"
-                    raise _breach(program, rank, position, 5, what)
+                    raise breach(program, rank, position, BOUNDS, what)
             elif kind == BACKWARD:
                 flying[lane] -= 1
                 version = found[stage, index]
                 if version.gap > schedule.max_gap[stage]:
                     what = f"the gap is {version.gap} updates, at most {schedule.max_gap[stage]} are stated"
-                    raise _breach(program, rank, position, 5, what)
+                    raise breach(program, rank, position, BOUNDS, what)

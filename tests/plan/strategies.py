@@ -52,7 +52,7 @@ def made(
         name="made",
         placement=placement,
         micro_batches=micro_batches,
-        flush=flush,
+        flush_every=int(flush),
         in_flight=tuple(min(admitted, stages - stage) for stage in range(stages)),
         max_gap=(0 if flush else max_gap,) * stages,
         priorities=(priority,),

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from amdp_plugin.plan import schedules
 from amdp_plugin.plan.action import Action
 from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.laws import ProgramError
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.program import Program
 from amdp_plugin.plan.schedule import Schedule
-from amdp_plugin.plan.verify import ProgramError, verify
+from amdp_plugin.plan.verify import verify
 
 from .strategies import BIDIRECTIONAL, ONE_HOME, ROUND, cases, made, shifted_pairs, with_row
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from amdp_plugin.plan import schedules
 from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.laws import ProgramError
 from amdp_plugin.plan.placement import Placement
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.report import report
 from amdp_plugin.plan.simulate import simulate, steady_state
-from amdp_plugin.plan.verify import ProgramError
 
 from .strategies import BIDIRECTIONAL, cases, made
 

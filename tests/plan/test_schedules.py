@@ -104,7 +104,7 @@ def test_options_are_read_from_text():
 
 
 def patient(num_stages: int, micro_batches: int, **changes: Any) -> Schedule:
-    fields = {"flush": False, "in_flight": (1,) * num_stages, "max_gap": (0,) * num_stages, **changes}
+    fields = {"flush_every": 0, "in_flight": (1,) * num_stages, "max_gap": (0,) * num_stages, **changes}
     return Schedule("patient", Placement.one_direction(num_stages), micro_batches, **fields)
 
 
@@ -247,7 +247,7 @@ def test_an_entry_point_that_cannot_be_loaded_is_named(installed):
     ("made_instead", "message"),
     [
         (lambda stages, size: None, "must return a Schedule, it returned a NoneType"),
-        (lambda stages, size: patient(stages + 1, size), "asked for 2 stages and windows of 4 micro-batches, it made 3"),
+        (lambda stages, size: patient(3, size), "asked for 2 stages and windows of 4 micro-batches, it made 3 s"),
         (lambda stages, size: patient(stages, 8), "it made 2 stages and windows of 8"),
     ],
 )

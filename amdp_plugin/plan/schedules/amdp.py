@@ -84,7 +84,7 @@ def _preloading(preload: int, num_stages: int, micro_batches: int, directions: i
         name="amdp",
         placement=Placement.complementary(num_stages, directions),
         micro_batches=micro_batches,
-        flush=False,
+        flush_every=0,
         in_flight=(admitted,) * num_stages,
         max_gap=(-(-(admitted + delay) // per_direction),) * num_stages,
         priorities=(backward_first, *(_linear(directions, *weights) for weights in WEIGHTS)),

@@ -16,7 +16,7 @@ def chimera(num_stages: int, micro_batches: int) -> Schedule:
         name="chimera",
         placement=Placement.complementary(num_stages, 2),
         micro_batches=micro_batches,
-        flush=True,
+        flush_every=1,
         in_flight=tuple(min(num_stages - stage, max(1, micro_batches // 2)) for stage in range(num_stages)),
         max_gap=(0,) * num_stages,
         priorities=(backward_first, oldest_first),

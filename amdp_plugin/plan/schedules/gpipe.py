@@ -10,7 +10,7 @@ def gpipe(num_stages: int, micro_batches: int) -> Schedule:
         name="gpipe",
         placement=Placement.one_direction(num_stages),
         micro_batches=micro_batches,
-        flush=True,
+        flush_every=1,
         in_flight=(micro_batches,) * num_stages,
         max_gap=(0,) * num_stages,
         priorities=(forward_first,),

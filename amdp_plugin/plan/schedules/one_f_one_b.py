@@ -10,7 +10,7 @@ def one_f_one_b(num_stages: int, micro_batches: int) -> Schedule:
         name="1f1b",
         placement=Placement.one_direction(num_stages),
         micro_batches=micro_batches,
-        flush=True,
+        flush_every=1,
         in_flight=tuple(min(num_stages - stage, micro_batches) for stage in range(num_stages)),
         max_gap=(0,) * num_stages,
     )
