@@ -118,6 +118,8 @@ class Schedule:
             raise ValueError(f"{self.name}: every stage must admit at least one micro-batch, got {self.in_flight}")
         if self.weights not in WEIGHTS:
             raise ValueError(f"{self.name}: weights are {' or '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.update_delay < 0:
+            raise ValueError(f"{self.name}: update_delay counts backwards, at least 0; got {self.update_delay}")
         if self.flush_every and self.update_delay:
             raise ValueError(f"{self.name}: an update cannot stand later than a flush that waits for it")
         if self.reduces and self.update_delay > self.micro_batches // directions:

@@ -16,6 +16,8 @@ ROUND = Placement(((0, 1, 2), (1, 2, 0)))
 """Any two ranks share one stage, so that three of them can wait in a circle and no two disagree."""
 ONE_HOME = Placement(((0, 0, 1), (1, 2, 0), (2, 1, 0)))
 """Rank 0 is the home of two stages with the same guests, which finish them in different orders."""
+TWICE = Placement(((0, 2, 1, 2), (1, 2, 2, 1), (2, 2, 0, 1)))
+"""Ranks run one stage in several directions, which share a sum of gradients there."""
 
 TIMES = st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 2.5])
 DELAYS = st.sampled_from([0.0, 0.1, 0.5])
@@ -40,6 +42,7 @@ def made(
     micro_batches: int,
     *,
     flush: bool = False,
+    flush_every: int | None = None,
     admitted: int = 2,
     update_delay: int = 0,
     together: bool = False,
@@ -47,14 +50,14 @@ def made(
     max_gap: int = 99,
 ) -> Schedule:
     """A schedule made by hand that admits ``admitted`` micro-batches a direction."""
-    stages = placement.num_stages
+    stages, every = placement.num_stages, int(flush) if flush_every is None else flush_every
     return Schedule(
         name="made",
         placement=placement,
         micro_batches=micro_batches,
-        flush_every=int(flush),
+        flush_every=every,
         in_flight=tuple(min(admitted, stages - stage) for stage in range(stages)),
-        max_gap=(0 if flush else max_gap,) * stages,
+        max_gap=(every - 1 if every else max_gap,) * stages,
         priorities=(priority,),
         update_delay=update_delay,
         together=together,
@@ -66,7 +69,8 @@ def named(draw) -> Schedule:
     """A schedule of one direction, by name."""
     name = draw(st.sampled_from(["paci", "1f1b", "gpipe"]))
     stages, micro_batches = draw(st.integers(1, 6)), draw(st.integers(1, 9))
-    options = {"extra_in_flight": draw(st.integers(0, 4))} if name == "paci" else {}
+    options = {"extra_in_flight": st.integers(0, 4), "flush_every": st.integers(0, 3)} if name == "paci" else {}
+    options = {key: draw(values) for key, values in options.items()}
     return schedules.make(name, stages, micro_batches, **options)
 
 
@@ -74,15 +78,15 @@ def named(draw) -> Schedule:
 def several_directions(draw) -> Schedule:
     """A schedule of several directions, whose replicas reduce and update."""
     pairs = [shifted_pairs(depth) for depth in (4, 6, 8)]
-    placement = draw(st.sampled_from([BIDIRECTIONAL, ROUND, ONE_HOME, *pairs]))
+    placement = draw(st.sampled_from([BIDIRECTIONAL, ROUND, ONE_HOME, TWICE, *pairs]))
     per_direction = draw(st.integers(1, 4))
-    flush = draw(st.booleans())
+    flush_every = draw(st.sampled_from([0, 0, 1, 2, 3]))
     return made(
         placement,
         per_direction * placement.directions,
-        flush=flush,
+        flush_every=flush_every,
         admitted=draw(st.integers(1, 4)),
-        update_delay=0 if flush else draw(st.integers(0, per_direction)),
+        update_delay=0 if flush_every else draw(st.integers(0, per_direction)),
         together=draw(st.booleans()),
         priority=draw(st.sampled_from([backward_first, forward_first, by_micro_batch])),
     )

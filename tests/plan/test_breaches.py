@@ -167,11 +167,22 @@ def test_a_flushing_schedule_forwards_before_its_update():
     assert "it needs 1U0" in str(error)
 
 
+def test_a_forward_stands_beyond_a_flush_before_its_update():
+    program = Planner(schedules.make("paci", 3, 4, flush_every=2)).program(4)
+    row = [str(action) for action in program.rows[1]]
+    assert row.index("1F4") < row.index("1U0"), "windows between two flushes flow"
+    error = breach(moved(program, 1, "1F8", before="1U1"))
+    assert error.law == 6
+    assert "breaks law 6 (flush: " in str(error)
+    assert "it needs 1U1" in str(error)
+
+
 def test_the_gap_is_above_the_stated_bound():
     program = paci()
     stingy = replace(program.schedule, max_gap=(1, 0, 1, 0))
     error = breach(Program(stingy, program.windows, program.rows))
     assert error.law == 5
+    assert str(error).startswith("paci breaks law 5 (bounds: the gap and what is in flight stay within what ")
     assert error.cell is not None and error.cell[0] == 1
     assert "the gap is 1 updates, at most 0 are stated" in str(error)
 

@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from amdp_plugin.plan import schedules
 from amdp_plugin.plan.action import Action
 from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.laws import ProgramError
 from amdp_plugin.plan.placement import Placement
 from amdp_plugin.plan.planner import Planner
+from amdp_plugin.plan.report import report
 from amdp_plugin.plan.simulate import in_flight, simulate
 from amdp_plugin.plan.verify import verify
 from amdp_plugin.plan.versions import versions
 
-from .strategies import BIDIRECTIONAL, ONE_HOME, cases, made, named, shifted_pairs
+from .strategies import BIDIRECTIONAL, ONE_HOME, TWICE, cases, made, named, shifted_pairs
 
 SLOW = settings(deadline=None, max_examples=120)
 
@@ -163,6 +165,73 @@ def test_the_scheduler_starts_everything_when_it_can(case):
         for action, (begin, _) in zip(row, timing.spans[rank], strict=True):
             assert started[rank, action] >= begin
             assert schedule.reduces or schedule.together or started[rank, action] == begin
+
+
+@SLOW
+@given(cases())
+def test_a_stage_forwards_beyond_a_flush_after_its_update_and_else_does_not_wait(case):
+    """Independent of ``Schedule``: what is in flight never belongs to windows on both sides of a flush."""
+    schedule, costs = case
+    planner = Planner(schedule, costs)
+    every = schedule.flush_every
+    for row in planner.program(7).rows:
+        flying: dict[int, set[int]] = {stage: set() for stage in range(schedule.num_stages)}
+        for stage, kind, index in row:
+            window = index // schedule.micro_batches
+            if kind == "F":
+                flying[stage].add(index)
+                if every:
+                    done = {micro_batch // schedule.micro_batches // every for micro_batch in flying[stage]}
+                    assert done == {window // every}
+            elif kind == "B":
+                flying[stage].remove(index)
+    planner.steady_windows(limit=64)
+    assert planner.period is None or planner.period % (every or 1) == 0
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4])
+def test_windows_between_two_flushes_flow(every):
+    """The bubble of a flush is paid once in ``every`` windows, and no gap outlasts it."""
+    stages, size = 4, 4
+    planner = Planner(schedules.make("paci", stages, size, flush_every=every))
+    found = report(planner, 1)
+    assert found.forwards_per_window == pytest.approx(3 * (size + (stages - 1) / every))
+    assert planner.period == every
+    assert found.max_version_gap == found.max_version_gap_stated == min(every - 1, 1)
+    if every == 1:
+        assert planner.program(3).rows == Planner(schedules.make("1f1b", stages, size)).program(3).rows
+
+
+def sided(action: Action, since: float) -> tuple[int, ...]:
+    """Always the last direction, if it has anything at all to do."""
+    return (-(action.index % 3), action.index)
+
+
+@pytest.mark.parametrize("placement", [Placement(((0,),) * 3), TWICE])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_a_priority_that_would_starve_a_direction_cannot(placement, together, delay):
+    """Directions that share a sum of gradients finish a window before any of them adds to the next."""
+    schedule = made(placement, 6, admitted=4, priority=sided, together=together, update_delay=delay)
+    program = Planner(schedule).program(5)
+    verify(program)
+    for row in program.rows:
+        for stage in range(placement.num_stages):
+            windows = [action.window(6) for action in row if action.stage == stage and action.kind == "B"]
+            assert windows == sorted(windows)
+
+
+def test_ranks_that_cannot_go_on_are_named_with_the_grid():
+    """No schedule is known that gets there, so the counts are bent."""
+    planner = Planner(schedules.make("paci", 2, 2))
+    planner._list_scheduler.lanes[0][1].in_flight = 0
+    with pytest.raises(ProgramError) as caught:
+        planner.program(1)
+    message, *grid = str(caught.value).splitlines()
+    assert caught.value.law == 3
+    assert "breaks law 3 (progress: no rank waits for ever" in message
+    assert "rank 1 has nothing that it may start, in its window 0, nor has any other" in message
+    assert [line.split() for line in grid[1:]] == [["rank", "0", "0F0", "0F1"], ["rank", "1", "[end]"]]
 
 
 def test_in_flight_counts_forwards_not_yet_backwarded():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import EntryPoint
 from typing import Any, Literal, Optional
@@ -9,7 +10,9 @@ from typing import Any, Literal, Optional
 import pytest
 
 from amdp_plugin.plan import schedules
+from amdp_plugin.plan.action import Action
 from amdp_plugin.plan.placement import Placement
+from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedule import Schedule
 from amdp_plugin.settings import read_schedule
 
@@ -270,6 +273,10 @@ def test_placements():
         Placement(((0, 1), (1,)))
     with pytest.raises(ValueError, match="at least one direction"):
         Placement(())
+    with pytest.raises(ValueError, match=r"ranks are numbered 0 to 1, every one with a stage; got \(\(0, 2\),\)"):
+        Placement(((0, 2),))
+    with pytest.raises(ValueError, match="ranks are numbered 0 to 1"):
+        Placement(((-1, 0),))
 
 
 def test_schedules_that_make_no_sense_are_refused():
@@ -284,3 +291,47 @@ def test_schedules_that_make_no_sense_are_refused():
         Schedule("made", line, 2, False, (1,), (0, 0))
     with pytest.raises(ValueError, match="must admit at least one micro-batch"):
         Schedule("made", line, 2, False, (1, 0), (0, 0))
+    with pytest.raises(ValueError, match="flush_every counts windows, 0 for never; got -1"):
+        schedules.make("paci", 2, 2, flush_every=-1)
+    with pytest.raises(ValueError, match="update_delay counts backwards, at least 0; got -1"):
+        made(line, 2, update_delay=-1)
+    with pytest.raises(ValueError, match="weights are latest or stashed, got 'stahsed'"):
+        replace(made(line, 2), weights="stahsed")
+    with pytest.raises(ValueError, match="priorities are empty"):
+        replace(made(line, 2), priorities=())
+
+
+def by_table(action: Action, since: float) -> int:
+    return {0: 1}[action.stage]
+
+
+def incomparable(action: Action, since: float) -> object:
+    return object()
+
+
+def of_one_argument(action: Action) -> int:
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("priority", "failed"),
+    [(by_table, "KeyError: 1"), (incomparable, "TypeError: '<' not"), (of_one_argument, "TypeError: of_one_arg")],
+)
+def test_a_priority_that_fails_is_refused_at_once(priority, failed):
+    """In one direction of one stage a rank rarely has a choice."""
+    with pytest.raises(ValueError) as caught:
+        made(Placement.one_direction(2), 1, admitted=1, priority=priority)
+    assert f"made: the priority {priority.__qualname__} failed with {failed}" in str(caught.value)
+
+
+def late(action: Action, since: float) -> int:
+    return {0: 0}[action.index // 6]
+
+
+def test_a_priority_that_fails_later_is_named_too():
+    schedule = made(Placement.one_direction(2), 4, priority=late)
+    with pytest.raises(ValueError, match="made: the priority late failed with KeyError: 1"):
+        Planner(schedule).program(9)
+    several = replace(schedule, priorities=(late, late))
+    with pytest.raises(ValueError, match="made: the priority late failed with KeyError: 1"):
+        Planner(several)
