@@ -27,6 +27,11 @@ from .meeting import StageGrid, clip_by_whole_norm, groups_of, make_stage_local,
 from .random_state import GENERATORS
 from .worker import EngineWorker
 
+SHAPES_HINT = (
+    "build the PipelineModule with dynamic_shape=True (or, under a schedule that flushes, call "
+    "reset_activation_shape() between two batches)"
+)
+
 
 class ScheduledPipelineEngine(PipelineEngine):
     """Trains a ``PipelineModule`` under the schedule that ``"pipeline": {"schedule": ...}`` names.
@@ -278,7 +283,8 @@ class ScheduledPipelineEngine(PipelineEngine):
     def _site(self) -> Site:
         ranks = [self.grid.stage_to_global(stage) for stage in range(self.num_stages)]
         group, device = self.grid.get_pipe_parallel_group(), torch.device(self.device)
-        return Site(self.stage_id, ranks, group, device, self.settings.timeout_seconds, self.dynamic_shape)
+        timeout = self.settings.timeout_seconds
+        return Site(self.stage_id, ranks, group, device, timeout, self.dynamic_shape, SHAPES_HINT)
 
     def _start(self) -> None:
         """Start the program for the present window size, and print what to expect on rank 0, as DeepSpeed prints the

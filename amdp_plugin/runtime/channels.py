@@ -116,11 +116,14 @@ class Channels:
         watch: bounds and records the waits.
         keep_sent: messages to one receiver after which the oldest has certainly been received.
         dynamic_shapes: whether every activation may have other shapes than the one before.
+        shapes_hint: what to do about shapes that differ, for a message.
     """
 
-    def __init__(self, transport: Transport, watch: Watch, keep_sent: int, dynamic_shapes: bool = False) -> None:
+    def __init__(
+        self, transport: Transport, watch: Watch, keep_sent: int, dynamic_shapes: bool = False, shapes_hint: str = ""
+    ) -> None:
         self._transport, self._watch = transport, watch
-        self.keep_sent, self._dynamic = keep_sent, dynamic_shapes
+        self.keep_sent, self._dynamic, self._shapes_hint = keep_sent, dynamic_shapes, shapes_hint
         self._pool = BufferPool(transport.device)
         self._inboxes: dict[int, _Inbox] = {}
         self._outboxes: dict[tuple[int, int], deque[_Sent]] = {}
@@ -228,11 +231,8 @@ class Channels:
         if agreed == signature and not self._dynamic:
             return
         if agreed is not None and not self._dynamic:
-            raise ValueError(
-                f"the activation for {action} is ({signature}), the ones before were ({agreed}): build the "
-                "PipelineModule with dynamic_shape=True (or, under a schedule that flushes, call "
-                "reset_activation_shape() between two batches)"
-            )
+            hint = self._shapes_hint or "ask for dynamic shapes"
+            raise ValueError(f"the activation for {action} is ({signature}), the ones before were ({agreed}): {hint}")
         self._sent_signatures[receiver, action.stage] = signature
         self._send_control(signature.encode(), receiver, SIGNATURE_TAG, action)
 

@@ -43,6 +43,7 @@ class Site:
         device: where this rank's tensors live.
         timeout_seconds: the longest that one message may take.
         dynamic_shapes: whether every activation may have other shapes than the one before.
+        shapes_hint: what a user of this host can do where shapes differ and that was not asked for.
     """
 
     rank: int
@@ -51,6 +52,7 @@ class Site:
     device: torch.device
     timeout_seconds: float
     dynamic_shapes: bool = False
+    shapes_hint: str = ""
 
 
 class Pipeline:
@@ -65,6 +67,7 @@ class Pipeline:
         site: where.
         pull: returns this rank's next micro-batch; raises ``StopIteration`` at the end of the data.
         generators: what layers draw random numbers from.
+        wanted: which micro-batches this rank reads; by default those of which it runs the first or the last stage.
 
     Attributes:
         executor: runs the program; there after :meth:`start`.
@@ -84,12 +87,13 @@ class Pipeline:
         site: Site,
         pull: Callable[[], Any],
         generators: Generators,
+        wanted: Callable[[int], bool] | None = None,
     ) -> None:
         self.site = site
         self._costs = costs
         self._planner = self._plan(schedule)
         placement = self._planner.schedule.placement
-        self.feed = Feed(pull, partial(placement.is_end, site.rank))
+        self.feed = Feed(pull, wanted or partial(placement.is_end, site.rank))
         self.random_streams = RandomStreams(placement.directions, generators)
         self.watch = Watch(site.rank, site.timeout_seconds)
         self.losses = WindowLosses()
@@ -128,7 +132,10 @@ class Pipeline:
         elif schedule.num_ranks > 1:
             pairs = [(rank, peer) for rank, peers in enumerate(schedule.placement.neighbours) for peer in peers]
             transport = self._make_transport(pairs)
-            self.channels = Channels(transport, self.watch, keep_sent(schedule), self.site.dynamic_shapes)
+            site = self.site
+            self.channels = Channels(
+                transport, self.watch, keep_sent(schedule), site.dynamic_shapes, site.shapes_hint
+            )
         self.executor = Executor(self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange)
         self.executor.restart(window)
 

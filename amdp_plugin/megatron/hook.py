@@ -1,0 +1,283 @@
+"""Megatron's ``forward_backward_func`` that runs the program of a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_config
+from torch import nn
+
+from ..plan.schedule import Schedule
+from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_table
+from ..runtime.executor import Executor
+from ..runtime.pipeline import Pipeline, Site
+from ..settings import ScheduleSettings
+from .guests import ModelProvider, bare, build_guests, build_replicas, sum_dtype
+from .losses import WindowReports
+from .optimizer import OptimizerSteps, make_stage_local
+from .random_state import GENERATORS
+from .refusals import check_common_decisions, check_options, check_placement
+from .worker import Call, ChunksWorker
+
+stock_forward_backward_func = schedules.get_forward_backward_func
+"""Megatron's own choice of a schedule, whatever stands in its place later."""
+
+SHAPES_HINT = "give every micro-batch one shape, or set variable_seq_lengths (--variable-seq-lengths)"
+
+
+class ScheduledForwardBackward:
+    """Trains Megatron chunks under a schedule; called as Megatron calls its own.
+
+    One call runs one window of this rank's program, the update in it included: ``optimizer.step()``, which the loop
+    calls afterwards, hands out that update's result. After ``k`` calls every stage has had ``k`` updates, from the
+    micro-batches that stock 1F1B would have used, but what a free-running schedule has forwarded ahead stays in flight
+    between two calls. With ``forward_only`` it is Megatron's stock schedule, which nothing in flight is touched by.
+
+    Args:
+        settings: which schedule, and its options.
+
+    Attributes:
+        schedule: what is planned, as soon as the size of its windows is known.
+        pipeline: what runs the program on this rank; there after the first training call.
+        guests: the replicas here of other ranks' stages, by stage.
+    """
+
+    schedule: Schedule
+    pipeline: Pipeline
+
+    def __init__(self, settings: ScheduleSettings) -> None:
+        self.settings = settings
+        self.guests: dict[int, nn.Module] = {}
+        self.notices: list[str] = []
+        self._attached = self._started = False
+
+    # For training loops
+
+    def attach(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Any,
+        model_provider: ModelProvider | None = None,
+        iteration: int = 0,
+        random_states: list[Any] | None = None,
+        num_microbatches: int | None = None,
+    ) -> None:
+        """Take over the stepping of ``optimizer``, once, before the first call.
+
+        Args:
+            model: this rank's chunk, under Megatron's ``DistributedDataParallel``; a list of one as well.
+            optimizer: from ``get_megatron_optimizer``.
+            model_provider: builds one stage; needed where ranks hold several, such as under ``amdp``.
+            iteration: updates that the weights have had.
+            random_states: what :meth:`random_states` returned when the checkpoint was written.
+            num_microbatches: of a window, where that is known: what the schedule cannot work with is then refused here,
+                else at the first call.
+
+        Raises:
+            ValueError: for anything that the schedule cannot work with.
+        """
+        self._chunk = only(model, "model chunk")
+        self._optimizer, self._provider = optimizer, model_provider
+        self._config = get_model_config(self._chunk)
+        if not hasattr(self._chunk, "zero_grad_buffer"):
+            raise ValueError("the model must be under Megatron's DistributedDataParallel, whose buffers hold gradients")
+        self._group = parallel_state.get_pipeline_model_parallel_group()
+        self._num_stages, self._rank = self._group.size(), self._group.rank()
+        self._clipping, self._fp16 = float(optimizer.config.clip_grad), bool(self._config.fp16)
+        self._tied = self._num_stages > 1 and bool(getattr(bare(self._chunk), "share_embeddings_and_output_weights", 0))
+        self._iteration, self._resumed_states = iteration, random_states
+        if num_microbatches is not None:
+            self.schedule = self._check(self._make_schedule(num_microbatches))
+        self._steps = OptimizerSteps(optimizer, self._chunk)
+        self._attached = True
+
+    def detach(self) -> None:
+        """End what is in flight, and give the optimizer back to the loop."""
+        self.quiesce()
+        self._steps.release()
+        self._attached = self._started = False
+
+    def quiesce(self) -> None:
+        """Cancel what is in flight, between two calls: every stage is at one version then, and random states are those
+        from before. All ranks of the pipeline must call it; do so before a checkpoint is written."""
+        if self._started:
+            self.executor.quiesce()
+            self.pipeline.copy_home()  # a resumed run has the home's buffers everywhere
+
+    def random_states(self) -> list[Any]:
+        """What each of this rank's streams of random numbers would draw next, for a checkpoint."""
+        return self.pipeline.random_streams.states() if self._started else [GENERATORS.get()]
+
+    def restart(self, iteration: int, random_states: list[Any] | None = None) -> None:
+        """Weights and optimizer were loaded from the checkpoint of ``iteration``: give an iterator that begins where
+        that stands."""
+        self._iteration, self._resumed_states = iteration, random_states
+        if self._started:
+            self.executor.quiesce()
+            self.pipeline.restart(iteration, random_states)
+
+    @property
+    def executor(self) -> Executor:
+        """Runs the program; has ``largest_gap``, ``peak_in_flight`` and the ``timeline``."""
+        return self.pipeline.executor
+
+    @property
+    def updates_meet(self) -> bool:
+        """Whether all stages update at one point."""
+        return self.schedule.updates_meet
+
+    def ends_a_direction(self, rank: int) -> bool:
+        """Whether pipeline rank ``rank`` runs a first or last stage in any direction, and so needs data."""
+        placement = self.schedule.placement
+        return any(placement.is_end(rank, direction) for direction in range(placement.directions))
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Any,
+        model: Any,
+        num_microbatches: int,
+        forward_only: bool = False,
+        **others: Any,
+    ) -> list[Any]:
+        """One window, or an evaluation. Arguments and result are those of Megatron's schedules: what the job's loss
+        function reported of every micro-batch, in their order, on the last pipeline rank; elsewhere an empty list.
+
+        Raises:
+            StopIteration: when the data ends before the window does, on every rank.
+            PipelineStallError: when a peer is gone or late.
+        """
+        arguments = dict(forward_step_func=forward_step_func, data_iterator=data_iterator, model=model, **others)
+        if forward_only:
+            stock = stock_forward_backward_func()
+            return stock(num_microbatches=num_microbatches, forward_only=True, **arguments)
+        if not self._attached:
+            raise ValueError("attach(model, optimizer) comes before the first call with forward_only=False")
+        if only(model, "model chunk") is not self._chunk:
+            raise ValueError("this is another model than the one that attach() was given")
+        if others.get("adjust_tensor_shapes_fn") is not None:
+            raise ValueError("adjust_tensor_shapes_fn cannot be used: stages send whole activations as they come")
+        reduction: dict[str, Any] = {key: others[key] for key in ("pg_collection", "force_all_reduce") if key in others}
+        iterator = only(data_iterator, "data iterator")
+        self._call = Call(forward_step_func, iterator, bool(others.get("collect_non_loss_data")), reduction)
+        self._prepare(num_microbatches, tuple(others.get(key) for key in ("seq_length", "micro_batch_size")))
+        with self._timed():
+            for action in self.pipeline.open_window():
+                self.executor.execute(action)
+            losses = self._reports.of_window(self.executor.window)
+            self.pipeline.close_window()
+        return losses
+
+    # How
+
+    def _prepare(self, micro_batches: int, shape: tuple[Any, ...]) -> None:
+        """Make the pipeline at the first call; make it anew for windows of another size, or for other shapes."""
+        if not self._started:
+            self._make(micro_batches)
+        elif micro_batches != self.pipeline.schedule.micro_batches:
+            self._resize(micro_batches)
+        elif shape != self._shape and self.pipeline.channels is not None:
+            self.executor.quiesce()
+            self.pipeline.channels.forget_shapes()
+        self._started, self._shape = True, shape
+
+    def _make(self, micro_batches: int) -> None:
+        self.schedule = self._check(self._make_schedule(micro_batches))
+        costs, everywhere = self.settings.costs(self._num_stages), lambda micro_batch: True
+        self.pipeline = Pipeline(self.schedule, costs, self._site(), self._pull, GENERATORS, everywhere)
+        bound_collectives(_groups(self._group), self.settings.timeout_seconds)
+        placement = self.pipeline.schedule.placement
+        self.guests = build_guests(self._provider, self._chunk, self._rank, placement)
+        replicas = build_replicas(self._chunk, self._rank, self.guests, placement)
+        chunks = {self._rank: self._chunk, **self.guests}
+        self.pipeline.hold(replicas, {stage: bare(chunks[stage]) for stage in replicas})
+        if not self.updates_meet:
+            make_stage_local(self._optimizer)
+            self._config.barrier_with_L1_time = False
+        self._start(self._iteration)
+        self.pipeline.restart(self._iteration, self._resumed_states)
+
+    def _resize(self, micro_batches: int) -> None:
+        before, window = self.pipeline.schedule.micro_batches, self.executor.window
+        self.schedule = self._check(self._make_schedule(micro_batches))
+        self.executor.quiesce()
+        self.pipeline.feed.renumber(window * before, window * micro_batches)
+        self.pipeline.replan(self.schedule)
+        self._start(window)
+
+    def _start(self, window: int) -> None:
+        """Start the program, and print what to expect on rank 0."""
+        schedule = self.pipeline.schedule
+        chunks = {self._rank: self._chunk, **self.guests}
+        self._reports = WindowReports(self.pipeline)
+        worker = ChunksWorker(self.pipeline, chunks, self._rank, self._steps, lambda: self._call, self._reports.collect)
+        self.pipeline.start(worker, window)
+        lines = [clipping_line(self._clipping, schedule.updates_meet), *self.notices]
+        if schedule.reduces:
+            held = Held(
+                [self._chunk], list(self.guests.values()), sum_dtype(self._chunk), self.pipeline.exchange_buffers()
+            )
+            lines += memory_table(held, self._group, self._site().device)
+        if dist.get_rank() == 0:
+            print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)
+
+    def _make_schedule(self, micro_batches: int) -> Schedule:
+        meet = self._clipping > 0 or self._fp16 or self._tied
+        return self.settings.make(self._num_stages, micro_batches, meet)
+
+    def _check(self, schedule: Schedule) -> Schedule:
+        check_placement(self.settings, schedule)
+        check_options(self.settings, schedule, [self._config, self._chunk.ddp_config, self._optimizer.config])
+        check_common_decisions(self.settings, schedule, self._tied, self._fp16)
+        return schedule
+
+    def _site(self) -> Site:
+        device = next(self._chunk.parameters()).device
+        ranks = dist.get_process_group_ranks(self._group)
+        return Site(
+            self._rank, ranks, self._group, device, self.settings.timeout_seconds,
+            bool(self._config.variable_seq_lengths), SHAPES_HINT,
+        )  # fmt: skip
+
+    def _pull(self) -> Any:
+        return self._call.pull()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """As Megatron's schedules time themselves."""
+        timers = self._config.timers
+        if timers is not None:
+            timers("forward-backward", log_level=1).start(barrier=self._config.barrier_with_L1_time)
+        yield
+        if timers is not None:
+            timers("forward-backward").stop()
+
+
+def only(given: Any, what: str) -> Any:
+    """The one that there is, of a list or alone.
+
+    Raises:
+        ValueError: for a list of several, as interleaved virtual stages have them.
+    """
+    if not isinstance(given, list | tuple):
+        return given
+    if len(given) != 1:
+        raise ValueError(f"each rank has one {what}, got {len(given)}: interleaved virtual stages are not supported")
+    return given[0]
+
+
+def _groups(pipeline: dist.ProcessGroup) -> list[dist.ProcessGroup]:
+    """The process groups that Megatron uses while it trains."""
+    return [
+        pipeline,
+        parallel_state.get_model_parallel_group(),
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+    ]

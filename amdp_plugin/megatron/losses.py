@@ -1,0 +1,82 @@
+"""What a job's loss function reports of micro-batches, as one message from where a direction ends to the last rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.pipeline import Pipeline
+
+Reported = Mapping[str, Tensor]
+"""What Megatron's loss functions report: a tensor of one element, or of a sum and a count, by name."""
+
+
+class WindowReports:
+    """What the loss function reported, gathered on the last pipeline rank, which is where Megatron reads it."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline, self._placement = pipeline, pipeline.schedule.placement
+        self._reader = pipeline.schedule.num_ranks - 1
+        self._here: dict[tuple[int, int], list[Any]] = {}
+
+    def collect(self, window: int, direction: int) -> None:
+        """Where ``direction`` ends, after its last backward of ``window``: keep what it reported, or send it."""
+        reported = self._pipeline.losses.take(self._numbers(window, direction))
+        if self._pipeline.site.rank == self._reader:
+            self._here[window, direction] = reported
+        else:
+            assert self._pipeline.channels is not None
+            self._pipeline.channels.send_report(self._reader, pack(reported), direction)
+
+    def of_window(self, window: int) -> list[Any]:
+        """On the last rank, of all micro-batches in their order; elsewhere empty."""
+        if self._pipeline.site.rank != self._reader:
+            return []
+        found: dict[int, Any] = {}
+        pattern = self._here[window, 0][0]
+        for direction, row in enumerate(self._placement.ranks):
+            numbers = self._numbers(window, direction)
+            if row[-1] == self._reader:
+                reported = self._here.pop((window, direction))
+            else:
+                assert self._pipeline.channels is not None
+                length = pack([pattern]).numel() * len(numbers)
+                reported = unpack(self._pipeline.channels.receive_report(row[-1], length, direction), pattern)
+            found.update(zip(numbers, reported, strict=True))
+        return [found[number] for number in sorted(found)]
+
+    def _numbers(self, window: int, direction: int) -> range:
+        size = self._pipeline.schedule.micro_batches
+        return range(window * size + direction, (window + 1) * size, self._placement.directions)
+
+
+def pack(reported: Sequence[Reported]) -> Tensor:
+    """All values of all micro-batches: float64, one-dimensional, on the CPU.
+
+    Raises:
+        ValueError: where something else than tensors by name is reported, which only one direction can return.
+    """
+    for each in reported:
+        if not isinstance(each, Mapping) or not all(isinstance(value, Tensor) for value in each.values()):
+            raise ValueError(
+                "a schedule of several directions returns dictionaries of tensors from the loss function, as "
+                f"Megatron's do; this one returned {type(each).__name__}"
+            )
+    parts = [value.detach().reshape(-1) for each in reported for value in each.values()]
+    return torch.cat([part.to(torch.float64) for part in parts]).cpu()
+
+
+def unpack(values: Tensor, pattern: Reported) -> list[Reported]:
+    """What :func:`pack` packed; names, shapes, dtypes and device are those of ``pattern``."""
+    sizes = [value.numel() for value in pattern.values()]
+    micro_batches = values.split(sum(sizes))
+    return [
+        {
+            name: part.to(like.device, like.dtype).view(like.shape)
+            for (name, like), part in zip(pattern.items(), each.split(sizes), strict=True)
+        }
+        for each in micro_batches
+    ]

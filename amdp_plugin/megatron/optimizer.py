@@ -1,0 +1,93 @@
+"""Megatron's optimizer in the hands of a schedule: a stage steps where its program says, not where the loop does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron.core import parallel_state
+
+from .stage_view import accepted
+
+StepResult = tuple[bool, float | None, int | None]
+"""(whether the update was made, norm of the gradients, zeros among them), as Megatron's ``optimizer.step`` returns."""
+
+
+class OptimizerSteps:
+    """Takes over ``optimizer.step()`` and the zeroing of gradients, which the training loop goes on calling.
+
+    The loop zeroes before a window and steps after it. A program steps within the window, and another window's
+    gradients may be in the sums when the loop comes by. So the loop's calls do nothing but hand out results.
+
+    Args:
+        optimizer: a ``MegatronOptimizer``.
+        chunk: the home chunk, under Megatron's DDP.
+    """
+
+    def __init__(self, optimizer: Any, chunk: Any) -> None:
+        self._optimizer, self._chunk = optimizer, chunk
+        self._step, self._zero_grad, self._zero_buffer = optimizer.step, optimizer.zero_grad, chunk.zero_grad_buffer
+        self.result: StepResult = (True, None, None)
+        """Of the latest update."""
+        optimizer.step = lambda: self.result
+        optimizer.zero_grad = lambda set_to_none=True: None
+        chunk.zero_grad_buffer = lambda: None
+        self._zero()
+
+    def release(self) -> None:
+        """Give both back to the loop."""
+        for owner, name in (
+            (self._optimizer, "step"),
+            (self._optimizer, "zero_grad"),
+            (self._chunk, "zero_grad_buffer"),
+        ):
+            owner.__dict__.pop(name, None)
+
+    def run(self, finalize: Callable[[], None]) -> None:
+        """Step with the gradients that ``finalize`` reduces over the replicas of the job, then begin a new sum."""
+        finalize()
+        self.result = self._step()
+        self._zero()
+
+    def _zero(self) -> None:
+        self._zero_buffer()
+        self._zero_grad()
+
+
+def make_stage_local(optimizer: Any) -> None:
+    """Let ``optimizer`` take norms, overflows and counts of zeros within the stage, not over the pipeline.
+
+    That is over the tensor-parallel ranks; with the distributed optimizer, whose ranks hold a part of the stage's
+    gradients each, over the data-parallel ranks too.
+    """
+    for each in members(optimizer):
+        if is_distributed(each):
+            each.grad_stats_parallel_group = parallel_state.get_tensor_and_data_parallel_group(
+                with_context_parallel=True
+            )
+        else:
+            each.grad_stats_parallel_group = parallel_state.get_tensor_model_parallel_group()
+
+
+def members(optimizer: Any) -> Iterator[Any]:
+    """The optimizers that a chained one is made of; else itself."""
+    yield from getattr(optimizer, "chained_optimizers", None) or [optimizer]
+
+
+def is_distributed(optimizer: Any) -> bool:
+    """Whether its state is spread over the data-parallel ranks."""
+    return bool(getattr(optimizer.config, "use_distributed_optimizer", False))
+
+
+def reduce_gradients(config: Any, chunk: Any, has_guests: bool, **given: Any) -> None:
+    """What Megatron does with a window's gradients before the step: over data-parallel replicas, layer norms over
+    tensor-parallel ranks, tied embeddings between the first and the last stage.
+
+    Args:
+        has_guests: gradients of other ranks have been added, so that no reduction can have begun in a backward.
+        given: ``pg_collection`` and ``force_all_reduce`` of the call.
+    """
+    if has_guests and chunk.ddp_config.overlap_grad_reduce:
+        chunk.start_grad_sync()
+    if config.finalize_model_grads_func is not None:
+        config.finalize_model_grads_func([chunk], None, **accepted(config.finalize_model_grads_func, **given))
