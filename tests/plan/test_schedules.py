@@ -329,9 +329,9 @@ def late(action: Action, since: float) -> int:
 
 
 def test_a_priority_that_fails_later_is_named_too():
-    schedule = made(Placement.one_direction(2), 4, priority=late)
+    schedule = made(BIDIRECTIONAL, 4, priority=late)
     with pytest.raises(ValueError, match="made: the priority late failed with KeyError: 1"):
-        Planner(schedule).program(9)
+        Planner(schedule).program(3)
     several = replace(schedule, priorities=(late, late))
     with pytest.raises(ValueError, match="made: the priority late failed with KeyError: 1"):
         Planner(several)
