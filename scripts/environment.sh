@@ -14,11 +14,8 @@ AMDP_VENV="${AMDP_VENV:-$AMDP_ROOT/.venv}"
 # Absolute, because the scripts change directory and PATH must keep its meaning.
 [[ "$AMDP_VENV" == /* ]] || AMDP_VENV="$PWD/$AMDP_VENV"
 
-amdp_say() { printf '[amdp] %s\n' "$*"; }
-amdp_fail() {
-    printf '[amdp] error: %s\n' "$*" >&2
-    exit 1
-}
+# shellcheck source=scripts/messages.sh
+source "$AMDP_ROOT/scripts/messages.sh"
 
 amdp_make_venv() {
     local python="${AMDP_PYTHON:-python3}"
@@ -49,7 +46,7 @@ amdp_install() {
     "$AMDP_VENV/bin/python" -m pip --version >/dev/null 2>&1 || amdp_make_venv
     amdp_say "installing amdp_plugin and what it needs (minutes, the first time)"
     "$AMDP_VENV/bin/python" -m pip install --quiet --no-input --disable-pip-version-check \
-        -c "$AMDP_ROOT/constraints.txt" -e "${AMDP_ROOT}[deepspeed,test]" ||
+        -c "$AMDP_ROOT/constraints.txt" -e "${AMDP_ROOT}[deepspeed,megatron,test]" ||
         amdp_fail "pip could not install; see its message above"
     amdp_install_stamp >"$stamp"
 }
