@@ -15,6 +15,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch import nn
 
+from ..runtime.runnable import check_runnable
 from ..settings import ScheduleSettings
 from .config import check_compatible, check_topology, enabled, read_settings
 from .engine import ScheduledPipelineEngine
@@ -97,8 +98,7 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
     size = _window(config, grid.data_parallel_size)
     schedule = settings.make(grid.pipe_parallel_size, size, meet)
     settings.costs(schedule.num_stages)  # refuses what is wrong with them
-    if schedule.update_delay:
-        refuse('the engine applies every gradient before it sums the next window\'s; use "updates": "together"')
+    check_runnable(schedule)
     if any(schedule.placement.home(stage) != stage for stage in range(schedule.num_stages)):
         refuse(f"its first direction must place stage s on rank s, it places them on {schedule.placement.ranks[0]}")
     loss = model.loss_fn

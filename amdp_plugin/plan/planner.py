@@ -18,6 +18,9 @@ from .list_scheduler import ListScheduler, Window
 from .program import Program, Row
 from .schedule import Priority, Schedule
 
+ACTIONS_TO_EXAMINE = 100_000
+"""How many actions are generated, at most, in the search for the windows that repeat for ever."""
+
 TRIAL_WINDOWS, FILLED_WINDOWS = 13, 3
 """Windows that a trial of a priority simulates, at most, and how many of them fill the pipeline and do not count. Some
 orders begin well and go wrong after ten windows."""
@@ -77,11 +80,15 @@ class Planner:
         rows = (tuple(action for part in parts for action in part[rank]) for rank in range(self.schedule.num_ranks))
         return Program(self.schedule, windows, tuple(rows))
 
-    def steady_windows(self, limit: int = 512) -> tuple[int, int]:
+    def steady_windows(self, limit: int | None = None) -> tuple[int, int]:
         """(first, last + 1) of the windows that repeat for ever.
 
-        Where none was seen to repeat within ``limit`` windows, the later half of those.
+        Where none was seen to repeat within ``limit`` windows, the later half of those. By default as many are looked
+        at as a start of a run has time for, the same on all ranks.
         """
+        if limit is None:
+            per_window = 2 * self.schedule.num_stages * self.schedule.micro_batches
+            limit = min(512, max(4, ACTIONS_TO_EXAMINE // per_window))
         while self.period is None and len(self._windows) < limit:
             self._generate()
         count = len(self._windows)

@@ -17,9 +17,6 @@ from .simulate import in_flight, simulate
 from .verify import verify
 from .versions import Version, versions
 
-ACTIONS_TO_EXAMINE = 100_000
-"""How many actions a report looks at, at most, in the search for the windows that repeat for ever."""
-
 RECOMPUTATION = (
     "Activation recomputation re-runs the forward at backward time: where the gap is above 0 it uses the new weights "
     "for both."
@@ -123,8 +120,7 @@ def report(planner: Planner, windows: int) -> Report:
             instead, by ``deadlock_free``.
     """
     schedule = planner.schedule
-    per_window = 2 * schedule.num_stages * schedule.micro_batches
-    first, last = planner.steady_windows(limit=min(512, max(4, ACTIONS_TO_EXAMINE // per_window)))
+    first, last = planner.steady_windows()
     later = (last - first + _carried_windows(schedule)) if planner.period else 0
     first, last = (first + later, last + later)
     program = planner.program(last)

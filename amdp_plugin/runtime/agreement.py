@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from hashlib import sha256
 
@@ -15,24 +15,45 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from ..plan.planner import Planner
 
 MEBIBYTE = 2**20
+NO_TEXT = ("priorities", "alternatives")
+"""Fields of a schedule that hold functions: what they lead to is in the program."""
 
 
 def agree(planner: Planner, rank: int, group: dist.ProcessGroup, device: torch.device) -> None:
     """Make sure that all ranks of the pipeline are going to run one program.
 
+    Compared are the windows up to those that repeat, or as many as are examined at a start, and what the schedule
+    says of itself: a schedule of somebody else may depend on the rank, or on chance, with one configuration.
+
     Raises:
-        ValueError: on every rank, where their configurations differ; they would wait for each other for ever.
+        ValueError: on every rank, where they differ; they would wait for each other for ever, or mix up their
+            micro-batches. Where this rank has no program at all, its own error.
     """
-    schedule, costs = planner.schedule, planner.costs
-    mine = repr((schedule.name, schedule.options, schedule.num_stages, schedule.micro_batches, costs))
-    digest = int.from_bytes(sha256(mine.encode()).digest()[:7], "big")
+    schedule, failure = planner.schedule, None
+    mine = repr((schedule.name, schedule.options, schedule.num_stages, schedule.micro_batches, planner.costs))
+    try:
+        program = _written_out(planner)
+    except ValueError as error:
+        program, failure = str(error), error  # the others are to hear of it, too
+    digest = int.from_bytes(sha256(f"{mine}\n{program}".encode()).digest()[:7], "big")
     sums = torch.tensor([digest, -digest], device=device)
     dist.all_reduce(sums, op=dist.ReduceOp.MAX, group=group)
+    if failure is not None:
+        raise failure
     if sums.tolist() != [digest, -digest]:
         raise ValueError(
-            f"the ranks of the pipeline are configured for different programs, rank {rank} for {mine}: "
-            "give all of them the same configuration"
+            f"the ranks of the pipeline are configured for different programs, rank {rank} for {mine}: give all of "
+            "them the same configuration, and let nothing in a schedule of your own depend on the rank or on chance"
         )
+
+
+def _written_out(planner: Planner) -> str:
+    """The program, and what the schedule says of itself, as text that is the same wherever they are the same."""
+    schedule = planner.schedule
+    said = [(each.name, getattr(schedule, each.name)) for each in fields(schedule) if each.name not in NO_TEXT]
+    _, end = planner.steady_windows()
+    rows = [" ".join(map(str, row)) for index in range(end) for row in planner.window(index)]
+    return "\n".join([repr(said), str(planner.period), *rows])
 
 
 def bound_collectives(groups: Iterable[dist.ProcessGroup], timeout_seconds: float) -> None:

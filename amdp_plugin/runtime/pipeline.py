@@ -28,6 +28,7 @@ from .feed import Feed
 from .losses import WindowLosses
 from .random_streams import Generators, RandomStreams
 from .replica import Replica
+from .runnable import check_runnable
 from .transport import Transport
 from .watch import PipelineStallError, Watch
 
@@ -74,7 +75,7 @@ class Pipeline:
         planned: the figures of the program; likewise.
 
     Raises:
-        ValueError: on every rank, where ranks are configured for different programs.
+        ValueError: for a schedule that can only be planned; on every rank, where their programs differ.
     """
 
     executor: Executor
@@ -181,6 +182,7 @@ class Pipeline:
 
     def _plan(self, schedule: Schedule) -> Planner:
         """The program, on which all ranks agree, before anything is made for it."""
+        check_runnable(schedule)
         planner = Planner(schedule, self._costs)
         agree(planner, self.site.rank, self.site.group, self.site.device)
         return planner

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
+from ..plan.costs import CostModel
 from ..plan.planner import Planner
 from ..plan.play import play
 from ..plan.schedule import Schedule
+from ..plan.verify import verify
 from .random_streams import split
+from .runnable import check_runnable
 
 Tensors = tuple[Tensor, ...]
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -46,6 +49,7 @@ class SerialPipeline:
         make_optimizer: called once a stage with its master parameters.
         loss: ``loss(output, label)`` of the last stage's output, a scalar.
         schedule: for example ``plan.schedules.make("paci", 4, 8)``.
+        costs: what the program is made for; equal stages by default, as in the engines.
         seeds: the seed of each rank's random numbers; by default each continues from the present state.
         master_dtype: dtype of the master copies and of the sum of gradients, for mixed precision; by
             default that of the parameters.
@@ -58,7 +62,7 @@ class SerialPipeline:
         used: for every (stage, micro-batch), the :class:`Used` versions. Micro-batches count from the start.
 
     Raises:
-        ValueError: for a schedule with delayed updates or with other weights than the latest.
+        ValueError: for a schedule that can only be planned, or stages or costs of another number.
     """
 
     def __init__(
@@ -68,15 +72,16 @@ class SerialPipeline:
         loss: Callable[[Any, Any], Tensor],
         schedule: Schedule,
         *,
+        costs: CostModel | None = None,
         seeds: Sequence[int] | None = None,
         master_dtype: torch.dtype | None = None,
         before_step: Callable[[list[nn.Parameter]], Any] = lambda parameters: None,
     ) -> None:
-        if schedule.update_delay or schedule.weights != "latest":
-            raise ValueError(f"the serial pipeline updates at once, to the latest weights; {schedule.name} does not")
+        check_runnable(schedule)
         if len(stages) != schedule.num_stages:
             raise ValueError(f"{len(stages)} stages for a schedule of {schedule.num_stages}")
-        self.stages, self.schedule = list(stages), schedule
+        self._planner = Planner(schedule, costs)
+        self.stages, self.schedule = list(stages), self._planner.schedule
         self.used: dict[tuple[int, int], Used] = {}
         self._loss, self._before_step = loss, before_step
         self._replicas = [
@@ -115,12 +120,17 @@ class SerialPipeline:
 
         Returns:
             The mean loss of every window.
+
+        Raises:
+            ProgramError: before anything is trained, when the program of the schedule breaks a law.
         """
+        program = self._planner.program(windows)
+        verify(program)
         size, first = self.schedule.micro_batches, self.versions[0]
         numbers = range(first * size, (first + windows) * size)
         self._data = {number: next(data) for number in numbers}
         self._losses.clear()
-        for rank, action in play(Planner(self.schedule).program(windows)):
+        for rank, action in play(program):
             action = action.shifted(first, size)
             if action.window(size) < first + windows:
                 self._run(rank, action)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.channels import Channels
@@ -41,9 +42,13 @@ class Case(NamedTuple):
     optimizer: str = "sgd"
     dtype: torch.dtype = torch.float32
     options: tuple[tuple[str, Any], ...] = ()
+    stage_costs: tuple[float, ...] = ()
 
     def make(self) -> Any:
         return make(self.schedule, self.stages, self.micro_batches, **dict(self.options))
+
+    def costs(self) -> CostModel:
+        return CostModel.relative(self.stages, stage_costs=self.stage_costs)
 
 
 def make_channels(
@@ -58,7 +63,7 @@ def make_executor(
     rank: int, case: Case, feed: Iterator[Any] | None = None, timeout_seconds: float = 30
 ) -> tuple[Executor, PlainWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
-    planner = Planner(case.make())
+    planner = Planner(case.make(), case.costs())
     schedule, placement = planner.schedule, planner.schedule.placement
     channels, watch = make_channels(rank, case.stages, timeout_seconds, keep_sent(schedule))
     built = build_stages(case.kind, case.stages, case.dtype)
@@ -88,6 +93,7 @@ def make_oracle(case: Case) -> SerialPipeline:
         OPTIMIZERS[case.optimizer],
         loss,
         case.make(),
+        costs=case.costs(),
         seeds=[100 + stage for stage in range(case.stages)],
     )
 

@@ -21,8 +21,9 @@ CASES = [
     Case("amdp", 8, 8, "tuples"),
     Case("amdp", 4, 2),
     Case("chimera", 4, 4),
+    Case("paci", 3, 2, "counting", options=(("flush_every", 2),)),
 ]
-IDS = [f"{case.schedule}-{case.stages}-{case.micro_batches}" for case in CASES]
+IDS = ["-".join(map(str, (case.schedule, case.stages, case.micro_batches, *dict(case.options)))) for case in CASES]
 
 
 def train_and_quiesce(rank: int, case: Case, parts: tuple[int, ...]) -> dict[str, Any]:

@@ -71,6 +71,23 @@ def test_more_in_flight() -> None:
     assert (found[0]["peak"], found[0]["gap"]) == (5, 2)
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize(("stages", "size"), [(3, 2), (4, 1)])
+def test_a_flush_every_few_windows(stages: int, size: int, every: int) -> None:
+    """Seven windows: flushes within the run, and forwards ahead at its end. The gap grows from flush to flush."""
+    found = check(Case("paci", stages, size, "counting", options=(("flush_every", every),)), windows=7)
+    assert found[0]["gap"] == min(every - 1, -(-(stages - 1) // size))
+
+
+@pytest.mark.parametrize("schedule", ["paci", "amdp"])
+def test_uneven_costs(schedule: str) -> None:
+    """The oracle plans for them, too: with equal stages it would run another program."""
+    case = Case(schedule, 4, 8, stage_costs=(1.0, 3.0, 0.5, 2.0))
+    even = Planner(case.make()).program(5)
+    assert Planner(case.make(), case.costs()).program(5).rows != even.rows
+    check(case)
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "paci", "gpipe"])
 def test_measured_in_flight_is_the_planned(schedule: str) -> None:
     case = Case(schedule, 4, 5)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.laws import ProgramError
 from amdp_plugin.plan.planner import Planner
+from amdp_plugin.plan.schedule import Schedule
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.versions import versions
+from amdp_plugin.runtime.pipeline import Pipeline, Site
+from amdp_plugin.runtime.random_streams import CPU
 from amdp_plugin.runtime.serial import SerialPipeline
 
 from .models import build_stages, data, loss, make_adamw
@@ -129,6 +136,52 @@ def test_amdp(num_stages: int, size: int) -> None:
                 assert torch.equal(mine, theirs)
 
 
+def test_costs_decide_which_versions_are_used() -> None:
+    """What the oracle used is what the program for these costs says, not the one for equal stages."""
+    schedule, costs = make("paci", 3, 2), CostModel.relative(3, stage_costs=(3.0, 1.0, 1.0))
+    oracle = SerialPipeline(without_dropout(3), make_adamw, loss, schedule, costs=costs)
+    oracle.train(data(), 4)
+
+    def planned(costs: CostModel | None) -> dict[tuple[int, int], tuple[int, int]]:
+        found = versions(Planner(schedule, costs).program(4))
+        return {place: (each.forward, each.backward) for place, each in found.items() if place[1] < 8}
+
+    assert oracle.used == planned(costs)
+    assert planned(costs) != planned(None)
+
+
+def test_a_program_that_breaks_a_law_is_not_trained() -> None:
+    stages = without_dropout(3)
+    before = [parameter.detach().clone() for stage in stages for parameter in stage.parameters()]
+    liar = replace(make("paci", 3, 2), max_gap=(0, 0, 0))
+    oracle = SerialPipeline(stages, make_adamw, loss, liar)
+    with pytest.raises(ProgramError, match="paci breaks law 5"):
+        oracle.train(data(), 3)
+    after = [parameter for stage in stages for parameter in stage.parameters()]
+    assert oracle.versions == [0, 0, 0] and all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (make("amdp", 4, 4, updates="parked"), "sums the next window's, so update_delay must be 0, it is 1"),
+        (replace(make("paci", 4, 4), weights="stashed"), "its weights are 'stashed', use \"latest\""),
+    ],
+)
+def test_what_can_only_be_planned_is_refused_everywhere(schedule: Schedule, message: str) -> None:
+    """By the oracle and by the engines' pipeline alike, before anything is made."""
+    site = Site(0, range(4), None, torch.device("cpu"), 30.0)  # type: ignore[arg-type]  # nobody is asked
+    pipeline = partial(Pipeline, schedule, CostModel.uniform(4), site, lambda: None, CPU)
+    oracle = partial(SerialPipeline, without_dropout(4), make_adamw, loss, schedule)
+    for build in (pipeline, oracle):
+        with pytest.raises(ValueError) as caught:
+            build()
+        assert f"schedule {schedule.name!r} can be planned, not run: " in str(caught.value)
+        assert message in str(caught.value)
+
+
 def test_what_it_refuses() -> None:
     with pytest.raises(ValueError, match="3 stages for a schedule of 2"):
         SerialPipeline(build_stages("plain", 3), make_adamw, loss, make("paci", 2, 1))
+    with pytest.raises(ValueError, match="costs of 3 stages for a schedule of 2"):
+        SerialPipeline(build_stages("plain", 2), make_adamw, loss, make("paci", 2, 1), costs=CostModel.uniform(3))
