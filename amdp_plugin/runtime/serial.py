@@ -57,6 +57,7 @@ class SerialPipeline:
             a schedule's updates meet, once a window with those of all stages.
 
     Attributes:
+        schedule: of alternatives, the chosen one. One with windows of another size may be put in its place.
         versions: updates that each stage has had.
         random_states: for each rank, the states of its directions' random numbers.
         used: for every (stage, micro-batch), the :class:`Used` versions. Micro-batches count from the start.
@@ -80,8 +81,7 @@ class SerialPipeline:
         check_runnable(schedule)
         if len(stages) != schedule.num_stages:
             raise ValueError(f"{len(stages)} stages for a schedule of {schedule.num_stages}")
-        self._planner = Planner(schedule, costs)
-        self.stages, self.schedule = list(stages), self._planner.schedule
+        self.stages, self.schedule, self._costs = list(stages), Planner(schedule, costs).schedule, costs
         self.used: dict[tuple[int, int], Used] = {}
         self._loss, self._before_step = loss, before_step
         self._replicas = [
@@ -124,7 +124,7 @@ class SerialPipeline:
         Raises:
             ProgramError: before anything is trained, when the program of the schedule breaks a law.
         """
-        program = self._planner.program(windows)
+        program = Planner(self.schedule, self._costs).program(windows)
         verify(program)
         size, first = self.schedule.micro_batches, self.versions[0]
         numbers = range(first * size, (first + windows) * size)
