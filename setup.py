@@ -27,6 +27,7 @@ setup(
     install_requires=["pydantic>=2", "typer", "matplotlib"],
     extras_require={
         "deepspeed": ["torch", "deepspeed>=0.19.8"],
+        "megatron": ["torch", "megatron-core>=0.16.1"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["amdp = amdp_plugin.cli:main"]},

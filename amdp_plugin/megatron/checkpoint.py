@@ -1,4 +1,7 @@
-"""The random states of a rank's directions, beside Megatron-LM's own checkpoint files (which hold the process's)."""
+"""The random states of a rank's directions, beside Megatron-LM's own checkpoint files.
+
+Those hold the process's, which is that of one direction; and what builds the data after a load has drawn from it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,12 @@ import torch.distributed as dist
 
 
 def save_random_states(states: list[Any], iteration: int) -> None:
-    """Write what each of this rank's streams would draw next, where there are several."""
+    """Write what each of this rank's streams would draw next."""
     from megatron.training import get_args
 
-    if len(states) > 1:
-        path = _file(get_args().save, iteration)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(states, path)
+    path = _file(get_args().save, iteration)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(states, path)
 
 
 def load_random_states(arguments: Any) -> list[Any] | None:

@@ -55,7 +55,7 @@ def patch() -> list[str]:
     found = [(_find(module, name), name) for module, name in TARGETS]
     for module, name in found:
         original = getattr(module, name)
-        _replace_everywhere(original, name, _WRAPPERS[name](original))
+        _replace_everywhere(original, _WRAPPERS[name](original))
     return [f"replaced {module.__name__}.{name}" for module, name, _ in _replaced]
 
 
@@ -63,10 +63,9 @@ def unpatch() -> None:
     """See :func:`amdp_plugin.megatron.unpatch`."""
     while _replaced:
         module, name, original = _replaced.pop()
-        ours = getattr(module, name)
         # Modules that were imported meanwhile have taken ours by value.
-        for holder in _holders(ours, name):
-            setattr(holder, name, original)
+        for holder, held in _holders(getattr(module, name)):
+            setattr(holder, held, original)
     if _job.hook is not None:
         _job.hook.detach()
     _job.hook = _job.settings = None
@@ -85,16 +84,23 @@ def _find(module: str, name: str) -> Any:
     return found
 
 
-def _replace_everywhere(original: Any, name: str, ours: Any) -> None:
-    for holder in _holders(original, name):
-        setattr(holder, name, ours)
-        _replaced.append((holder, name, original))
+def _replace_everywhere(original: Any, ours: Any) -> None:
+    for module, name in _holders(original):
+        setattr(module, name, ours)
+        _replaced.append((module, name, original))
 
 
-def _holders(function: Any, name: str) -> list[Any]:
-    """Modules that hold ``function``: ``from ... import`` keeps it by value."""
-    modules = list(sys.modules.values())
-    return [module for module in modules if getattr(module, "__dict__", {}).get(name) is function]
+def _holders(function: Any) -> list[tuple[Any, str]]:
+    """(module, name) of everything but this package that holds ``function``: ``from ... import`` keeps it by value, and
+    ``as`` renames it."""
+    own = __package__.partition(".")[0]
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] != own]
+    return [
+        (module, name)
+        for module in modules
+        for name, value in list(getattr(module, "__dict__", {}).items())
+        if value is function
+    ]
 
 
 # What takes their place
