@@ -2,18 +2,19 @@
 
 What every action needs before it may run, what it sends to another rank, and whom it meets:
 
-| action | runs on | needs | sends | meets |
+| action | on | needs | sends to another rank | meets |
 |---|---|---|---|---|
-| ``F(s, m)`` | its direction's rank | ``F(s-1, m)``; the stage's update before the latest flush | activation to ``F(s+1, m)`` | |
-| ``B(s, m)`` | its direction's rank | ``F(s, m)`` and ``B(s+1, m)`` | gradient to ``B(s-1, m)`` | |
-| ``R(s, k)`` | a guest | its backwards of window ``k`` | its sum of gradients to the home's ``R(s, k)`` | |
-| ``R(s, k)`` | the home | its backwards of window ``k``, the ``R(s, k)`` of all guests | | |
-| ``U(s, k)`` | the home | ``R(s, k)``; its backwards, where nobody else holds the stage | weights to the guests' ``U(s, k)`` | with ``together``, the homes of all stages |
+| ``F(s, m)`` | its direction's rank | ``F(s-1, m)``; ``U`` before the latest flush | activation for ``F(s+1, m)`` | |
+| ``B(s, m)`` | its direction's rank | ``F(s, m)``, ``B(s+1, m)`` | gradient for ``B(s-1, m)`` | |
+| ``R(s, k)`` | a guest | its own backwards of window ``k`` | sum of gradients for the home's ``R(s, k)`` | |
+| ``R(s, k)`` | the home | its own backwards; ``R(s, k)`` of all guests | | |
+| ``U(s, k)`` | the home | ``R(s, k)``; without guests, its backwards | weights for the guests' ``U(s, k)`` | all homes |
 | ``U(s, k)`` | a guest | ``U(s, k)`` of the home | | |
 
+Homes meet only where a schedule's updates are ``together``, and then need this for all the stages at home there.
 :meth:`Schedule.dependencies`, :meth:`Schedule.message` and :meth:`Schedule.meeting` say it, and whoever orders,
 checks, times or runs actions asks them.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_messages_may_be_taken_in_another_order_than_sent() -> None:
 
 
 def exchange_growing(rank: int, dynamic: bool) -> Any:
-    channels, _ = make_channels(rank, 2, dynamic_shapes=dynamic)
+    channels, _ = make_channels(rank, 2, dynamic_shapes=dynamic, shapes_hint="use dynamic_shape=True")
     if rank == 0:
         try:
             for index in range(4):
