@@ -55,6 +55,7 @@ class ScheduledForwardBackward:
         self.guests: dict[int, nn.Module] = {}
         self.notices: list[str] = []
         self._attached = self._started = False
+        self._shape: tuple[Any, ...] = ()
 
     # For training loops
 
