@@ -8,10 +8,11 @@ What every action needs before it may run, what it sends to another rank, and wh
 | ``B(s, m)`` | its direction's rank | ``F(s, m)``, ``B(s+1, m)`` | gradient for ``B(s-1, m)`` | |
 | ``R(s, k)`` | a guest | its own backwards of window ``k`` | sum of gradients for the home's ``R(s, k)`` | |
 | ``R(s, k)`` | the home | its own backwards; ``R(s, k)`` of all guests | | |
-| ``U(s, k)`` | the home | ``R(s, k)``; without guests, its backwards | weights for the guests' ``U(s, k)`` | all homes |
+| ``U(s, k)`` | the home | ``R(s, k)``, or its own backwards | weights for the guests' ``U(s, k)`` | all homes |
 | ``U(s, k)`` | a guest | ``U(s, k)`` of the home | | |
 
 Homes meet only where a schedule's updates are ``together``, and then need this for all the stages at home there.
+
 :meth:`Schedule.dependencies`, :meth:`Schedule.message` and :meth:`Schedule.meeting` say it, and whoever orders,
 checks, times or runs actions asks them.
 """
