@@ -41,6 +41,10 @@ def test_flushed(stages: int, size: int) -> None:
     check(Job("1f1b", stages, size, optimizer="adamw"))
 
 
+def test_a_flush_every_few_windows() -> None:
+    check(Job({"name": "paci", "flush_every": 2}, 3, 2))
+
+
 @pytest.mark.parametrize(
     ("kind", "modelled_by", "config"),
     [
