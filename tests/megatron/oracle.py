@@ -1,0 +1,128 @@
+"""The serial oracle of a job on Megatron's chunks: the same stages, one process, no executor and no messages."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from amdp_plugin.megatron.stage_view import StageGroup, acting_as
+from amdp_plugin.runtime.serial import SerialPipeline
+from amdp_plugin.settings import read_schedule
+from tests.processes import run_ranks
+
+from .jobs import Job, run_model
+from .training import assert_same_weights, copies, initialize
+
+
+class OracleStage(nn.Module):
+    """A bare stage as the serial pipeline calls it; the last one hands itself and its input to the loss."""
+
+    def __init__(self, job: Job, stage: int) -> None:
+        super().__init__()
+        self.job, self.stage, self.last = job, stage, job.pipeline - 1
+        groups = copy.copy(ProcessGroupCollection.use_mpu_process_groups())
+        groups.pp, groups.embd, groups.pos_embd = StageGroup(stage, job.pipeline), None, None
+        with acting_as(stage):
+            module: Any = job.provider(stage == 0, stage == self.last, config=job.config(), pg_collection=groups)
+        self.module = module.bfloat16() if job.bf16 else module
+
+    def __deepcopy__(self, memo: Any) -> OracleStage:
+        """Megatron's modules hold process groups, which cannot be copied."""
+        built = OracleStage(self.job, self.stage)
+        built.load_state_dict(self.state_dict())
+        return built
+
+    def forward(self, value: Tensor) -> Any:
+        return (self, value) if self.stage == self.last else self.run(value, None)
+
+    def run(self, value: Tensor, labels: Tensor | None) -> Tensor:
+        with acting_as(self.stage):
+            self.module.set_input_tensor([None if self.stage == 0 else value])
+            return run_model(self.module, value if self.stage == 0 else None, labels)
+
+
+def oracle_loss(output: tuple[OracleStage, Tensor], labels: Tensor) -> Tensor:
+    stage, value = output
+    return stage.run(value, labels).float().mean()
+
+
+def run_oracle(rank: int, job: Job, iterations: int, before_step: Any) -> dict[str, Any]:
+    initialize(replace(job, pipeline=1, tensor=1))
+    settings = read_schedule(job.schedule, "the test")
+    schedule = settings.make(job.pipeline, job.micro_batches, meet=job.clip > 0 or job.tied)
+    chosen = job.optimizer_config()
+
+    def make_adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """As Megatron's, without the scheduler that would take the decay from biases and norms."""
+        betas = chosen.adam_beta1, chosen.adam_beta2
+        return torch.optim.AdamW(
+            parameters, lr=chosen.lr, betas=betas, eps=chosen.adam_eps, weight_decay=chosen.weight_decay
+        )
+
+    stages = [OracleStage(job, stage) for stage in range(job.pipeline)]
+    if job.tied:  # Megatron lets the last stage take it from the first when it builds them
+        stages[-1].module.output_layer.weight.data.copy_(stages[0].module.embedding.word_embeddings.weight)
+    pipeline = SerialPipeline(
+        stages,
+        make_adam,
+        oracle_loss,
+        schedule,
+        costs=settings.costs(job.pipeline),
+        seeds=[100 + stage for stage in range(job.pipeline)],
+        master_dtype=torch.float32 if job.bf16 else None,
+        before_step=before_step,
+    )
+    pipeline.train(job.batches(), iterations)
+    size, placement = job.micro_batches, pipeline.schedule.placement
+    losses = [float(pipeline._losses[number]) for number in range(iterations * size)]
+    ranks = range(schedule.num_ranks)
+    return {
+        "weights": [
+            {stage: copies(pipeline.replica(stage, rank)) for stage in placement.stages[rank]} for rank in ranks
+        ],
+        "losses": [losses[first : first + size] for first in range(0, len(losses), size)],
+        "random": pipeline.random_states,
+        "gaps": [
+            max(
+                used.backward - used.forward
+                for (stage, number), used in pipeline.used.items()
+                if placement.rank_of(stage, number) == rank
+            )
+            for rank in ranks
+        ],
+    }
+
+
+def nothing(parameters: Any) -> None:
+    """No clipping."""
+
+
+def oracle(job: Job, iterations: int = 4, before_step: Any = nothing) -> dict[str, Any]:
+    """What the ranks of ``job`` must end with: ``weights`` of every stage on every pipeline rank, ``losses`` of every
+    window's micro-batches, CPU ``random`` states of every rank's directions, measured ``gaps`` of every rank.
+
+    In a process of its own, since Megatron's parallel state is one a process.
+    """
+    result: dict[str, Any] = run_ranks(1, run_oracle, job, iterations, before_step)[0]
+    return result
+
+
+def assert_equals_oracle(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """Bit for bit, home and guests of every rank, and its gap. Ranks of one stage may be several, if alike."""
+    for rank, result in enumerate(found):
+        stage = result["stage"]
+        held = {**result["weights"], **result["guests"]}
+        assert held.keys() == expected["weights"][stage].keys()
+        for each, weights in held.items():
+            assert_same_weights(weights, expected["weights"][stage][each], f"rank {rank}, stage {each}")
+        states = [state["cpu"] for state in result["random"]]
+        assert len(states) == len(expected["random"][stage])
+        for direction, (state, other) in enumerate(zip(states, expected["random"][stage], strict=True)):
+            assert torch.equal(state, other), f"rank {rank}, direction {direction}: random state"
+        assert result["gap"] == expected["gaps"][stage], f"rank {rank}"
+        assert result["losses"] == (expected["losses"] if stage == len(expected["weights"]) - 1 else [])

@@ -1,0 +1,139 @@
+"""Megatron's chunks compute under a schedule, bit for bit, what the serial oracle computes on the same stages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from .jobs import DISTRIBUTED, DROPOUT, Job
+from .oracle import assert_equals_oracle, oracle
+from .test_stock import FULL, OVERLAP, SELECTIVE
+from .training import run
+
+LOOSE = {"adam_eps": 1e-3}
+"""For comparisons to rounding: with a small epsilon, Adam makes whole steps of gradients that are rounding alone (those
+of the keys' biases are zero but for it)."""
+
+
+def check(job: Job, iterations: int = 4) -> list[dict[str, Any]]:
+    found = run(job, iterations)
+    assert_equals_oracle(found, oracle(job, iterations))
+    return found
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 2), (2, 5), (3, 1), (3, 3), (3, 4), (4, 1), (4, 2), (4, 6)])
+def test_paci(stages: int, size: int) -> None:
+    """Windows below, at and above the number of stages, with dropout."""
+    found = check(Job("paci", stages, size, model=DROPOUT), iterations=6)
+    assert found[0]["gap"] == -(-(stages - 1) // size)
+
+
+@pytest.mark.parametrize(
+    ("stages", "size", "options"),
+    [
+        (2, 2, {}),
+        (2, 4, {}),
+        (4, 2, {}),
+        (4, 4, {}),
+        (4, 8, {"updates": "together"}),
+        (4, 4, {"directions": 1}),
+        (4, 4, {"preload": 0}),
+        (8, 8, {}),
+    ],
+)
+def test_amdp(stages: int, size: int, options: dict[str, Any]) -> None:
+    """Home and guests of every stage, with dropout from a stream of random numbers for each direction."""
+    check(Job({"name": "amdp", **options}, stages, size, model=DROPOUT), iterations=3 if stages == 8 else 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "size"), [("gpipe", 3, 4), ("1f1b", 3, 2), ("chimera", 2, 2), ("chimera", 4, 4)]
+)
+def test_flushed(name: str, stages: int, size: int) -> None:
+    found = check(Job(name, stages, size, model=DROPOUT))
+    assert {result["gap"] for result in found} == {0}
+
+
+def test_more_in_flight() -> None:
+    check(Job({"name": "paci", "extra_in_flight": 2}, 3, 2, model=DROPOUT), iterations=6)
+
+
+def test_program_for_other_costs() -> None:
+    check(Job({"name": "amdp", "stage_costs": [1.0, 1.0, 1.0, 3.0], "backward_ratio": 1.5}, 4, 4, model=DROPOUT))
+
+
+@pytest.mark.parametrize(
+    "job", [Job("paci", 3, 2), Job("amdp", 4, 4), Job("chimera", 2, 2)], ids=lambda job: job.schedule
+)
+@pytest.mark.parametrize("more", [{}, DISTRIBUTED], ids=["", "distributed optimizer"])
+def test_bf16_with_sums_and_masters_in_fp32(job: Job, more: dict[str, Any]) -> None:
+    check(replace(job, bf16=True, model=DROPOUT, **more))
+
+
+@pytest.mark.parametrize("name", ["paci", "amdp"])
+@pytest.mark.parametrize("recomputation", [FULL, SELECTIVE], ids=["full", "selective"])
+def test_recomputation(name: str, recomputation: dict[str, Any]) -> None:
+    """A forward with the new weights, and the random numbers of the first."""
+    check(Job(name, 4, 4, model={**DROPOUT, **recomputation}))
+
+
+@pytest.mark.parametrize("more", [{}, DISTRIBUTED, {"ddp": OVERLAP}], ids=["", "distributed optimizer", "overlapped"])
+@pytest.mark.parametrize(("name", "stages"), [("paci", 2), ("amdp", 4)])
+def test_replicas_that_are_alike(name: str, stages: int, more: dict[str, Any]) -> None:
+    """Their mean is each of them: the oracle of one, bit for bit."""
+    check(Job(name, stages, 4, data=2, alike=True, model=DROPOUT, **more))
+
+
+LIMIT = 0.05
+
+
+def clip(parameters: list[nn.Parameter]) -> None:
+    """Of what updates at once: a stage, or all of them where updates meet."""
+    assert nn.utils.clip_grad_norm_(parameters, LIMIT) > LIMIT, "the case must clip"
+
+
+def clip_whole_model(parameters: list[nn.Parameter]) -> None:
+    assert len(parameters) > 40, "the parameters of all stages"
+    clip(parameters)
+
+
+@pytest.mark.parametrize("more", [{}, {**DISTRIBUTED, "data": 2, "alike": True}], ids=["", "distributed optimizer"])
+@pytest.mark.parametrize(("name", "clipping"), [("paci", clip), ("amdp", clip_whole_model)])
+def test_clipping(name: str, clipping: Any, more: dict[str, Any]) -> None:
+    """By the norm of the stage under paci, and of the whole model where updates meet. Megatron sums the squares in
+    another order than the oracle, so norms, and all that comes of them, are equal to the rounding of fp32."""
+    job = Job(name, 4, 4, clip=LIMIT, optimizer={**LOOSE, **more.get("optimizer", {})})
+    job = replace(job, **{key: value for key, value in more.items() if key != "optimizer"})
+    found, expected = run(job), oracle(job, before_step=clipping)
+    unclipped = oracle(replace(job, clip=0.0))
+    for result in found:
+        stage = result["stage"]
+        for value, other, far in zip(
+            result["weights"][stage], expected["weights"][stage][stage], unclipped["weights"][stage][stage], strict=True
+        ):
+            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+            assert not torch.allclose(value, far, rtol=1e-5, atol=1e-6) or torch.equal(other, far)
+    if name == "paci":
+        assert len({tuple(result["norms"]) for result in found}) == 4, "each stage has its own norm"
+    else:
+        assert len({tuple(result["norms"]) for result in found}) == 1, "one norm for all"
+
+
+@pytest.mark.parametrize(("name", "stages"), [("amdp", 2), ("amdp", 4), ("chimera", 2)])
+def test_tied_embeddings(name: str, stages: int) -> None:
+    """The first and the last stage sum their gradients of the one weight, guests' included: they meet at every update,
+    so that the copies stay equal bit for bit. In one process the sum is made by hand."""
+    job = Job(name, stages, 4, tied=True, model=DROPOUT)
+    found = run(job)
+    assert_equals_oracle(found, oracle(job, before_step=sum_tied))
+    assert torch.equal(found[0]["weights"][0][0], found[-1]["weights"][stages - 1][-1])
+
+
+def sum_tied(parameters: list[nn.Parameter]) -> None:
+    first, last = parameters[0], parameters[-1]
+    assert first.shape == last.shape and torch.equal(first, last), "the word embedding, and the output layer"
+    first.grad = last.grad = first.grad + last.grad
