@@ -42,13 +42,13 @@ def patch() -> list[str]:
     Raises:
         ValueError: where this Megatron-LM lacks a function that has to be replaced, naming it.
     """
-    from .patch import patch
+    from .patching import patch
 
     return patch()
 
 
 def unpatch() -> None:
     """Leave Megatron as it was before :func:`patch`."""
-    from .patch import unpatch
+    from .patching import unpatch
 
     unpatch()

@@ -132,10 +132,11 @@ class ScheduledForwardBackward:
         """Whether all stages update at one point."""
         return self.schedule.updates_meet
 
-    def ends_a_direction(self, rank: int) -> bool:
-        """Whether pipeline rank ``rank`` runs a first or last stage in any direction, and so needs data."""
+    @property
+    def reads_data(self) -> bool:
+        """Whether this rank runs a first or last stage in any direction, and so needs a data iterator."""
         placement = self.schedule.placement
-        return any(placement.is_end(rank, direction) for direction in range(placement.directions))
+        return any(placement.is_end(self._rank, direction) for direction in range(placement.directions))
 
     def __call__(
         self,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
 from ..settings import ScheduleSettings
@@ -162,15 +161,9 @@ def _build_train_valid_test_data_iterators(original: Callable[..., Any]) -> Call
     return build
 
 
-@contextmanager
-def _reading_where_directions_end() -> Iterator[None]:
+def _reading_where_directions_end() -> AbstractContextManager[None]:
     """Megatron builds data where its first and last stages are: under several directions that is on more ranks."""
-    rank = parallel_state.get_pipeline_model_parallel_rank()
-    if _job.hook is not None and _job.hook.ends_a_direction(rank):
-        with acting_as(0):
-            yield
-    else:
-        yield
+    return acting_as(0) if _job.hook is not None and _job.hook.reads_data else nullcontext()
 
 
 def _save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
