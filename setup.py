@@ -23,6 +23,7 @@ setup(
     version=read_version(),
     description="Asynchronous pipeline-parallel schedules for DeepSpeed and Megatron",
     packages=find_packages(include=["amdp_plugin", "amdp_plugin.*"]),
+    package_data={"amdp_plugin": ["DESIGN.md"]},
     python_requires=">=3.10",
     install_requires=["pydantic>=2", "typer", "matplotlib"],
     extras_require={

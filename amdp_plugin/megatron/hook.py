@@ -201,6 +201,7 @@ class ScheduledForwardBackward:
         self.pipeline.hold(replicas, {stage: bare(chunks[stage]) for stage in replicas})
         if not self.updates_meet:
             make_stage_local(self._optimizer)
+        if not self.schedule.flush:
             self._config.barrier_with_L1_time = False
         self._start(self._iteration)
         self.pipeline.restart(self._iteration, self._resumed_states)

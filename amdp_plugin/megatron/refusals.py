@@ -22,7 +22,7 @@ class Refused:
         why: the reason.
         instead: what to do.
         allowed: values that are no use of it.
-        free_running: whether schedules that flush can work with it.
+        free_running: refused by free-running schedules alone.
     """
 
     names: tuple[str, ...]

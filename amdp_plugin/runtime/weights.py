@@ -1,6 +1,6 @@
 """Weights that change while graphs of earlier forwards are alive.
 
-The delayed backward shall use the new weights for the input gradient (DESIGN.md, section 3: "latest").
+The delayed backward shall use the new weights for the input gradient (DESIGN.md, section 3: live updates).
 Autograd refuses tensors that changed in place since they were saved; keeping their version counters
 still, for just the optimizer step, lets it use their present values.
 """

@@ -1,0 +1,130 @@
+"""Megatron-LM's own pretrain_gpt.py, unmodified, on the CPU. Runs where MEGATRON_LM_PATH names a checkout.
+
+    MEGATRON_LM_PATH=~/Megatron-LM pytest tests/megatron/test_megatron_lm.py
+
+It needs ``six``, ``regex`` and ``pyyaml``, which Megatron-LM imports and no package of ours does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
+MISSING = [name for name in ("six", "regex", "yaml") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.skipif(CHECKOUT is None, reason="MEGATRON_LM_PATH names no checkout of Megatron-LM"),
+    pytest.mark.skipif(bool(MISSING), reason=f"Megatron-LM imports {', '.join(MISSING)}"),
+]
+ITERATIONS = 20
+ARGUMENTS = shlex.split("""
+    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64
+    --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --min-lr 1e-4 --lr-decay-style constant --clip-grad 1.0
+    --train-iters 20 --mock-data --tokenizer-type NullTokenizer --vocab-size 1023 --split 90,5,5 --num-workers 0
+    --transformer-impl local --distributed-backend gloo --use-cpu-initialization
+    --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-persist-layer-norm
+    --no-gradient-accumulation-fusion --no-async-tensor-model-parallel-allreduce --no-rope-fusion
+    --attention-dropout 0.1 --hidden-dropout 0.1 --untie-embeddings-and-output-weights
+    --log-interval 1 --eval-interval 10 --eval-iters 2 --save-interval 10 --seed 1234
+""")
+GRIDS = {"PP2": (2, 2, 1), "PP4": (4, 4, 1), "PP2 TP2": (4, 2, 2), "PP2 DP2": (4, 2, 1)}
+"""Processes, pipeline and tensor parallel sizes."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout without its core: the installed one is compiled."""
+    assert CHECKOUT is not None
+    made, checkout = tmp_path_factory.mktemp("megatron_lm"), Path(CHECKOUT).resolve()
+    (made / "megatron").mkdir()
+    for source in [*checkout.glob("*.py"), *checkout.glob("megatron/*")]:
+        if source.name != "core":
+            (made / source.relative_to(checkout)).symlink_to(source)
+    return made
+
+
+def run(folder: Path, grid: str, schedule: str, *more: str) -> str:
+    """The output of a job that ended well."""
+    processes, pipeline, tensor = GRIDS[grid]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    script = [ROOT / "scripts" / "megatron_on_cpu.py", "-m", "amdp_plugin.megatron", folder / "pretrain_gpt.py"]
+    sizes = ["--pipeline-model-parallel-size", str(pipeline), "--tensor-model-parallel-size", str(tensor)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [*launcher, *script, *ARGUMENTS, *sizes, "--pipeline-schedule", schedule, *more]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def losses(output: str) -> dict[int, str]:
+    """What the job printed of every iteration: the loss alone, which every stage's norm but the last one's is not."""
+    found = re.findall(r"iteration +(\d+)/ +\d+ .*?lm loss: ([^ ]+) ", output)
+    return {int(number): loss for number, loss in found}
+
+
+def evaluations(output: str) -> list[str]:
+    return re.findall(r"validation loss at iteration \d+ .*?lm loss value: ([^ ]+) ", output)
+
+
+@cache
+def stock(folder: Path, grid: str) -> str:
+    return run(folder, grid, "stock")
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_1f1b_is_stock(folder: Path, grid: str) -> None:
+    expected, found = stock(folder, grid), run(folder, grid, "1f1b")
+    assert sorted(losses(found)) == list(range(1, ITERATIONS + 1))
+    assert losses(found) == losses(expected)
+    assert evaluations(found) == evaluations(expected) and len(evaluations(found)) == 4
+
+
+@pytest.mark.parametrize("schedule", ["paci", "amdp"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_twenty_iterations_with_evaluation_and_save(folder: Path, grid: str, schedule: str, tmp_path: Path) -> None:
+    output = run(folder, grid, schedule, "--save", str(tmp_path))
+    found, expected = losses(output), losses(stock(folder, grid))
+    assert sorted(found) == list(range(1, ITERATIONS + 1)) and len(evaluations(output)) == 4
+    # The first window is forwarded and backwarded before any update. With tensor parallelism its dropout is that of
+    # other streams under amdp, else nothing differs.
+    if schedule == "paci":
+        assert found[1] == expected[1]
+    assert all(math.isfinite(float(loss)) for loss in found.values())
+    assert float(found[ITERATIONS]) < float(found[1]) - 0.5
+    assert f"{schedule}: {GRIDS[grid][1]} stages" in output
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(ITERATIONS)
+
+
+@pytest.mark.parametrize(("schedule", "grid"), [("paci", "PP2"), ("amdp", "PP4")])
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_a_resumed_job_goes_on_as_if_it_had_not_ended(
+    folder: Path, schedule: str, grid: str, form: str, tmp_path: Path
+) -> None:
+    went_on = losses(run(folder, grid, schedule, "--ckpt-format", form, "--save", str(tmp_path / "whole")))
+    shutil.copytree(tmp_path / "whole" / "iter_0000010", tmp_path / "half" / "iter_0000010")
+    (tmp_path / "half" / "latest_checkpointed_iteration.txt").write_text("10")
+    resumed = losses(run(folder, grid, schedule, "--ckpt-format", form, "--load", str(tmp_path / "half")))
+    # What Megatron prints for the second iteration after a load is the mean with the first.
+    later = [11, *range(13, ITERATIONS + 1)]
+    assert [resumed[number] for number in later] == [went_on[number] for number in later]
+
+
+def test_checkpoints_pass_between_stock_and_paci(folder: Path, tmp_path: Path) -> None:
+    """One evaluation before any further iteration tells that the weights are those that were saved."""
+    quiet = ("--attention-dropout", "0", "--hidden-dropout", "0")
+    for first, second in (("paci", "stock"), ("stock", "paci")):
+        saved = run(folder, "PP2", first, *quiet, "--save", str(tmp_path / first))
+        loaded = run(folder, "PP2", second, *quiet, "--load", str(tmp_path / first))
+        assert evaluations(loaded)[-2:] == evaluations(saved)[-2:]
