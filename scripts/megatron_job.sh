@@ -7,7 +7,7 @@
 # SCHEDULE_OPTIONS        a JSON file with options of the schedule
 # NODES, GPUS_PER_NODE    default 1 and 8; with more nodes, run the same command on each and give all the same
 #                         MASTER_ADDR and MASTER_PORT (29500): scripts/slurm_pretrain_megatron.sh does that
-# TENSOR_PARALLEL         default 1; more turns sequence parallelism on
+# TENSOR_PARALLEL         default 1; more turns sequence parallelism on (but for local layers)
 # PIPELINE_PARALLEL       default: one pipeline a node; what is left of the ranks is data parallelism
 # MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE, ITERATIONS    default: those of the model
 # DISTRIBUTED_OPTIMIZER   1: the optimizer's state is spread over the data-parallel ranks
@@ -101,7 +101,8 @@ amdp_launcher() {
         command+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-id "${JOB_ID:-amdp}")
     fi
     command+=(--nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE")
-    if [[ "$CPU" == 1 ]]; then command+=("$AMDP_ROOT/scripts/megatron_on_cpu.py"); else command+=(-m amdp_plugin.megatron); fi
+    [[ "$CPU" != 1 ]] || command+=("$AMDP_ROOT/scripts/megatron_on_cpu.py") # takes what python would
+    command+=(-m amdp_plugin.megatron)
 }
 
 amdp_schedule_arguments() {
@@ -113,7 +114,8 @@ amdp_schedule_arguments() {
 
 amdp_parallel_arguments() {
     command+=(--tensor-model-parallel-size "$TENSOR_PARALLEL" --pipeline-model-parallel-size "$PIPELINE_PARALLEL")
-    ((TENSOR_PARALLEL == 1)) || command+=(--sequence-parallel)
+    # The local layers normalize with torch, which cannot split the sequence.
+    ((TENSOR_PARALLEL == 1)) || [[ "$LOCAL_LAYERS" == 1 ]] || command+=(--sequence-parallel)
     [[ "${DISTRIBUTED_OPTIMIZER:-0}" != 1 ]] || command+=(--use-distributed-optimizer)
     [[ "$LOCAL_LAYERS" != 1 ]] || command+=(--transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm
         --no-gradient-accumulation-fusion)

@@ -17,8 +17,10 @@ set -euo pipefail
 # shellcheck source=scripts/megatron_job.sh
 source "$(dirname "${BASH_SOURCE[0]}")/megatron_job.sh"
 
+mock_vocabulary=50256 # with the end-of-document token that Megatron adds, as many as GPT-2's
 case "${MODEL:=345m}" in
 tiny)
+    mock_vocabulary=1023
     : "${MICRO_BATCH_SIZE:=2}" "${GLOBAL_BATCH_SIZE:=8}" "${ITERATIONS:=20}" "${LOG_INTERVAL:=1}"
     model=(--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128
         --attention-dropout 0 --hidden-dropout 0 --lr 1e-3 --min-lr 1e-4 --lr-decay-style constant)
@@ -38,8 +40,7 @@ esac
 
 if [[ "${MOCK_DATA:-0}" == 1 ]]; then
     [[ -z "${DATA_PATH:-}" ]] || amdp_fail "MOCK_DATA=1 and DATA_PATH are both set; unset one"
-    # With the end-of-document token that it adds, as many tokens as GPT-2 has.
-    data=(--mock-data --tokenizer-type NullTokenizer --vocab-size 50256)
+    data=(--mock-data --tokenizer-type NullTokenizer --vocab-size "$mock_vocabulary")
 else
     read -rd '' -a prefixes <<<"${DATA_PATH:-}" || true
     amdp_check_prefixes "${prefixes[@]}"

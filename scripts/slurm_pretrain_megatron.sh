@@ -27,8 +27,8 @@ job="$root/scripts/pretrain_${1:-}_megatron.sh"
 }
 shift
 
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-export MASTER_ADDR
+nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+export MASTER_ADDR="${nodes%%$'\n'*}"
 # Two jobs on one node must not meet each other.
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 export JOB_ID="$SLURM_JOB_ID" NODES="$SLURM_JOB_NUM_NODES" GPUS_PER_NODE="${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}"

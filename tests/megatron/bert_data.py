@@ -22,7 +22,7 @@ Document = list[list[str]]  # the words of each sentence
 
 
 def standard_library_documents() -> list[Document]:
-    """The docstrings of the standard library's modules, in the order of their names; those of one sentence are left out."""
+    """The docstrings of the standard library's modules, by name; those of one sentence are left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = (ast.get_docstring(ast.parse(path.read_bytes())) or "" for path in sorted(root.glob("*.py")))
     documents = [split_into_sentences(text) for text in texts]

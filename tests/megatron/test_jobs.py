@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shlex
@@ -9,9 +11,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from tests.megatron.bert_data import standard_library_documents, write_bert_data
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS, PATCH = ROOT / "scripts", ROOT / "patches" / "megatron_lm.patch"
@@ -38,10 +44,13 @@ def data(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def run(command: Iterable[str | Path], variables: dict[str, str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Iterable[str | Path], variables: dict[str, str], cwd: Path = ROOT, timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
     """With nothing of this process's environment but PATH: jobs listen to many variables."""
     environment = {"PATH": os.environ["PATH"], **variables}
-    return subprocess.run([*map(str, command)], env=environment, cwd=cwd, text=True, capture_output=True, timeout=120)
+    words = [*map(str, command)]
+    return subprocess.run(words, env=environment, cwd=cwd, text=True, capture_output=True, timeout=timeout)
 
 
 def dry_run(script: str, variables: dict[str, str], *arguments: str) -> list[str]:
@@ -137,6 +146,9 @@ def test_the_grid_of_ranks(data: dict[str, str]) -> None:
     assert "--standalone" not in command
     assert "--sequence-parallel" in command and "CUDA_DEVICE_MAX_CONNECTIONS=1" in command
 
+    local = dry_run(GPT, {**data, **grid, "MASTER_ADDR": "first", "LOCAL_LAYERS": "1"})
+    assert "--sequence-parallel" not in local  # Megatron's own layers cannot
+
     alone = dry_run(GPT, data)
     assert value(alone, "--pipeline-model-parallel-size") == "8" and "--standalone" in alone
     assert not {"--sequence-parallel", "CUDA_DEVICE_MAX_CONNECTIONS=1", "--use-distributed-optimizer"} & set(alone)
@@ -186,7 +198,8 @@ def test_options_and_arguments_reach_megatron(tmp_path: Path, data: dict[str, st
 
 def test_on_a_cpu_the_same_job_has_another_launcher_and_no_kernels(data: dict[str, str]) -> None:
     gpu, cpu = (dry_run(BERT, {**data, "MODEL": "tiny", "GPUS_PER_NODE": "2", "CPU": number}) for number in "01")
-    assert str(SCRIPTS / "megatron_on_cpu.py") in cpu and "amdp_plugin.megatron" not in cpu
+    place = cpu.index(str(SCRIPTS / "megatron_on_cpu.py"))
+    assert cpu[place + 1 : place + 3] == ["-m", "amdp_plugin.megatron"]
     assert value(cpu, "--distributed-backend") == "gloo"
     assert value(cpu, "--transformer-impl") == value(cpu, "--spec") == "local"
     assert "--bf16" in gpu and "--bf16" not in cpu
@@ -220,6 +233,100 @@ def test_slurm_gives_every_node_one_torchrun_that_meets_on_the_first(tmp_path: P
 
     wrong = run(["bash", spooled, "t5"], variables, cwd=tmp_path)
     assert wrong.returncode == 1 and "gpt or bert" in wrong.stderr
+
+
+# With Megatron-LM itself
+
+PARSER = """
+import json, os, sys
+sys.path.append(os.environ["MEGATRON_LM_PATH"])
+import megatron_on_cpu
+megatron_on_cpu.install_for_megatron_lm()
+import amdp_plugin.megatron
+amdp_plugin.megatron.patch()
+from megatron.training import arguments
+parsed = []
+for world, words in json.load(sys.stdin):
+    os.environ["WORLD_SIZE"], sys.argv = str(world), ["pretrain.py", *words]
+    result = arguments.validate_args(arguments.parse_args())
+    parsed.append([result.data_parallel_size, result.pipeline_schedule, str(result.params_dtype)])
+print("parsed", json.dumps(parsed))
+"""
+
+
+@needs_megatron_lm
+def test_megatron_takes_the_arguments_of_every_job(data: dict[str, str]) -> None:
+    """Its parser and its validation, which the plugin's refusals are a part of."""
+    jobs = [(GPT, model) for model in ("tiny", "345m", "1.3b")] + [(BERT, model) for model in ("tiny", "bert-large")]
+    grids = [{"CPU": "1"}, {"NODES": "2", "MASTER_ADDR": "first", "TENSOR_PARALLEL": "2", "DISTRIBUTED_OPTIMIZER": "1"}]
+    asked, expected = [], []
+    for script, model in jobs:
+        for schedule in ("stock", "1f1b", "paci", "amdp"):
+            for grid in grids:
+                untied = {"UNTIE_EMBEDDINGS": "1"} if schedule == "paci" else {}
+                command = dry_run(script, {**data, **grid, **untied, "MODEL": model, "SCHEDULE": schedule})
+                world = int(value(command, "--nnodes")) * int(value(command, "--nproc-per-node"))
+                asked.append((world, megatron_arguments(command)))
+                dtype = "torch.float32" if "CPU" in grid else "torch.bfloat16"
+                expected.append([int(grid.get("NODES", 1)), schedule, dtype])
+    found = in_megatron_lm(PARSER, json.dumps(asked))
+    assert json.loads(found.rpartition("parsed ")[2]) == expected
+
+
+@needs_megatron_lm
+def test_bert_trains_on_a_cpu(tmp_path: Path) -> None:
+    """Two ranks: the losses that Megatron prints are those of stock under our 1f1b; under amdp it learns as well."""
+    prefix, vocabulary = write_bert_data(tmp_path)
+    variables = {"DATA_PATH": str(prefix), "VOCAB_FILE": str(vocabulary), "SPLIT": "90,5,5"}
+    stock, ours, amdp = (train_on_cpu(BERT, {**variables, "SCHEDULE": name}) for name in ("stock", "1f1b", "amdp"))
+    assert len(stock["training"]) == 20 and ours == stock
+    assert amdp["training"][0] == stock["training"][0] and amdp["training"][1:] != stock["training"][1:]
+    for losses in (stock["training"], amdp["training"]):
+        assert losses[0] == pytest.approx(math.log(1000), rel=0.05) and losses[-1] < losses[0] - 1
+
+
+@needs_megatron_lm
+def test_a_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    job = {"SCHEDULE": "paci", "MOCK_DATA": "1", "SAVE_INTERVAL": "2", "ITERATIONS": "4"}
+    job["CHECKPOINT_DIR"] = str(tmp_path / "checkpoints")
+    whole = train_on_cpu(GPT, job)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = train_on_cpu(GPT, job)
+    assert len(whole["training"]) == 4 and len(resumed["training"]) == 2
+    assert resumed["training"][0] == whole["training"][2]  # the next that Megatron prints is a mean of both
+    assert resumed["evaluation"] == whole["evaluation"] and len(whole["evaluation"]) == 2
+
+
+def train_on_cpu(script: str, variables: dict[str, str]) -> dict[str, list[float]]:
+    """The tiny model's losses, as Megatron prints them: of every iteration, and of validation and test at the end."""
+    where = {"MEGATRON_LM_PATH": str(CHECKOUT), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    done = run(["bash", SCRIPTS / script], {**where, "CPU": "1", "MODEL": "tiny", **variables}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = {"training": r"iteration +\d+/.*lm loss: (\S+)", "evaluation": r"on \w+ set \| lm loss value: (\S+)"}
+    return {name: [float(loss) for loss in re.findall(pattern, done.stdout)] for name, pattern in printed.items()}
+
+
+def test_the_corpus_for_bert_spells_its_text(tmp_path: Path) -> None:
+    prefix, vocabulary_file = write_bert_data(tmp_path, vocabulary_size=300)
+    pieces = vocabulary_file.read_text().splitlines()
+    assert pieces[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and len(pieces) == len(set(pieces)) == 300
+    corpus = IndexedDataset(str(prefix))
+    spelled = [" ".join(pieces[number] for number in sentence).replace(" ##", "").split() for sentence in corpus]
+    documents = standard_library_documents()
+    assert spelled == [sentence for document in documents for sentence in document]
+    assert corpus.document_indices.tolist() == [0, *accumulate(map(len, documents))]
+
+
+def in_megatron_lm(program: str, given: str) -> str:
+    """What the program prints, with the plugin and the CPU's stand-ins for CUDA to import."""
+    path = os.pathsep.join([str(ROOT), str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        input=given, env=environment, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 # The patch
