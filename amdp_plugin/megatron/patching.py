@@ -9,25 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
-from megatron.core.pipeline_parallel import schedules
-
 from ..settings import ScheduleSettings
 from .arguments import add_flags, check_arguments, read_flags
 from .checkpoint import load_random_states, save_random_states
 from .hook import ScheduledForwardBackward
 from .stage_view import acting_as
-
-TARGETS = (
-    (schedules.__name__, "get_forward_backward_func"),
-    ("megatron.training.arguments", "add_megatron_arguments"),
-    ("megatron.training.initialize", "validate_args"),
-    ("megatron.training.training", "setup_model_and_optimizer"),
-    ("megatron.training.training", "build_train_valid_test_data_iterators"),
-    ("megatron.training.training", "save_checkpoint"),
-    ("megatron.training.training", "logical_and_across_model_parallel_group"),
-    ("megatron.training.training", "reduce_max_stat_across_model_parallel_group"),
-)
-"""Functions that are replaced, by the module that uses or defines them."""
+from .targets import TARGETS
 
 
 class _Job:
