@@ -5,7 +5,6 @@ stage. A layer draws its initial weights from a generator of its own, seeded by 
 the weights do not depend on how many stages there are, nor on which process builds the layer, nor when.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from deepspeed.pipe import LayerSpec
+from seeds import derive_seed
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,11 +39,6 @@ class ModelSettings:
             raise ValueError(f"heads must divide hidden: {self.hidden} is not a multiple of {self.heads}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all parts, alike in every process (Python's own ``hash`` is not)."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from gpt_model import derive_seed
+from seeds import derive_seed
 from torch import Tensor
 
 VOCABULARY = 256
