@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-from pathlib import Path
+from typing import NoReturn
 
 import amdp_plugin
+from amdp_plugin.compare.launching import take_record
 
 USAGE = "usage: python -m amdp_plugin [--record DIR] SCRIPT [ARGUMENT ...]"
 EXIT_USAGE = 2
@@ -22,7 +23,10 @@ def main() -> None:
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE)
         raise SystemExit(0)
-    directory = _take_record(arguments)
+    try:
+        directory = take_record(arguments)
+    except ValueError as error:
+        _fail(str(error))
     if not arguments:
         _fail("which script?")
     script = arguments[0]
@@ -44,21 +48,7 @@ def _take_local_rank(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:count], arguments[count:]
 
 
-def _take_record(arguments: list[str]) -> Path | None:
-    """Take ``--record DIR`` off the front of ``arguments``."""
-    if not arguments or not arguments[0].startswith("--record"):
-        return None
-    option, equals, directory = arguments.pop(0).partition("=")
-    if option != "--record":
-        _fail(f"unknown option {option}")
-    if not equals:
-        if not arguments:
-            _fail("--record needs a directory")
-        directory = arguments.pop(0)
-    return Path(directory)
-
-
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"python -m amdp_plugin: {message}\n{USAGE}", file=sys.stderr)
     raise SystemExit(EXIT_USAGE)
 

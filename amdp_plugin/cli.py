@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from .compare.command import CompareCommand, compare
+from .doctor.command import doctor
 from .plan.command import plan
 
 EXIT_FAILURE = 1
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command(cls=CompareCommand)(compare)
+app.command()(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,9 @@
-"""``amdp compare``: one job under several DeepSpeed configurations, side by side."""
+"""``amdp compare``: one job under several schedules, side by side."""
 
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,47 +13,72 @@ from typer.core import TyperCommand
 EXIT_FAILURE = 1
 DEFAULT_STEPS = 150
 LEAST_STEPS = 3
+LISTS = ("--configs", "--schedules")
+
+
+class HostName(str, Enum):
+    """Whose jobs are compared."""
+
+    deepspeed = "deepspeed"
+    megatron = "megatron"
 
 
 class CompareCommand(TyperCommand):
-    """Takes several files after one ``--configs``, and leaves what stands after ``--`` to the script."""
+    """Takes several values after one of :data:`LISTS`, and leaves what stands after ``--`` to the script."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Rewrite ``--configs A B -- C`` as click knows it: ``--configs A --configs B -- C``."""
         own, rest = (args[: args.index("--")], args[args.index("--") :]) if "--" in args else (args, [])
         rewritten: list[str] = []
-        several = False
+        repeated: str | None = None
         for argument in own:
             if argument.startswith("-"):
-                several = argument == "--configs"
-                rewritten += [] if several else [argument]
+                repeated = argument if argument in LISTS else None
+                rewritten += [] if repeated else [argument]
             else:
-                rewritten += ["--configs", argument] if several else [argument]
+                rewritten += [repeated, argument] if repeated else [argument]
         return super().parse_args(ctx, [*rewritten, *rest])
 
 
 def compare(
-    configs: Annotated[list[Path], typer.Option(help="DeepSpeed configurations; stock where there is no schedule.")],
+    host: Annotated[HostName, typer.Option(help="Whose jobs.")] = HostName.deepspeed,
+    configs: Annotated[
+        list[str] | None, typer.Option(help="DeepSpeed configurations; stock where there is no schedule.")
+    ] = None,
+    schedules: Annotated[
+        list[str] | None, typer.Option(help="For Megatron: stock, names of schedules, or NAME:OPTIONS.json.")
+    ] = None,
     nproc: Annotated[int, typer.Option(help="Processes on this machine.")] = 2,
-    script: Annotated[Path, typer.Option(help="Training script that takes --deepspeed_config and --steps.")] = Path(
-        "scripts/train_gpt.py"
-    ),
+    script: Annotated[
+        Path | None,
+        typer.Option(help="Training script that takes --deepspeed_config or --pipeline-schedule.", show_default=False),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = DEFAULT_STEPS,
+    steps_flag: Annotated[str, typer.Option(help="What the script calls them: train-iters in Megatron-LM.")] = "steps",
     output: Annotated[Path, typer.Option(help="Folder for the table, the picture and the trace.")] = Path("comparison"),
     script_arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[-- ARGUMENT ...]", help="More arguments for the script.")
     ] = None,
 ) -> int:
-    """Train one model under each configuration in turn, and compare speed, waiting and loss with stock DeepSpeed."""
+    """Train one model in several ways in turn, and compare speed, waiting and loss with the host's own schedule."""
     if nproc < 1:
         raise ValueError(f"--nproc is at least 1, got {nproc}")
     if steps < LEAST_STEPS:
         raise ValueError(f"--steps is at least {LEAST_STEPS}, got {steps}")
+    from .hosts import HOSTS
     from .job import Job, JobFailed
     from .job import compare as run
 
+    chosen = HOSTS[host.value]
+    for option, values in zip(LISTS, (configs, schedules), strict=True):
+        if bool(values) != (option == chosen.option):
+            what = "needs" if option == chosen.option else "does not take"
+            raise ValueError(f"--host {host.value} {what} {option}")
+    candidates = [chosen.candidate(value) for value in configs or schedules or ()]
+    flag = f"--{steps_flag.removeprefix('--')}"
+    job = Job(chosen.launcher, _find(script or chosen.script), script_arguments or [], nproc, steps, flag)
     try:
-        table = run(configs, Job(_find(script), script_arguments or [], nproc, steps), output)
+        table = run(candidates, job, output)
     except JobFailed as error:
         print(f"amdp: error: {error}", file=sys.stderr)
         return EXIT_FAILURE

@@ -1,4 +1,4 @@
-"""Runs one job under several configurations in turn and writes what they took, side by side."""
+"""Runs one job in several ways in turn and writes what they took, side by side."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from .hosts import Candidate
 from .machine import cores, describe, others_seconds
 from .measured import Run
 from .recording import PROGRESS, read_records
@@ -37,50 +38,54 @@ class JobFailed(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What is run under every configuration.
+    """What is run, for every candidate.
 
     Args:
-        script: takes ``--deepspeed_config FILE`` and ``--steps STEPS``.
+        launcher: the module that runs ``script`` and records it.
+        script: takes a candidate's arguments, and the number of steps.
         arguments: what else the script gets.
         processes: ranks on this machine.
         steps: optimizer steps.
+        steps_flag: of the script, which takes their number.
     """
 
+    launcher: str
     script: Path
     arguments: Sequence[str]
     processes: int
     steps: int
+    steps_flag: str = "--steps"
 
-    def command(self, config: Path, directory: Path) -> list[str]:
-        """The command line that runs it under ``config`` and records it in ``directory``."""
+    def command(self, candidate: Candidate, directory: Path) -> list[str]:
+        """The command line that runs ``candidate`` and records it in ``directory``."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
-        recorded = ["-m", "amdp_plugin", "--record", str(directory), str(self.script)]
-        options = ["--deepspeed_config", str(config), "--steps", str(self.steps), *self.arguments]
+        recorded = ["-m", self.launcher, "--record", str(directory), str(self.script)]
+        options = [*candidate.arguments, self.steps_flag, str(self.steps), *self.arguments]
         return [sys.executable, *launcher, *recorded, *options]
 
 
-def compare(configs: Sequence[Path], job: Job, output: Path) -> str:
-    """Run ``job`` under every configuration and write the comparison to ``output``.
+def compare(candidates: Sequence[Candidate], job: Job, output: Path) -> str:
+    """Run ``job`` for every candidate and write the comparison to ``output``.
 
     ``table.md``, ``result.json``, ``comparison.png``, ``comparison.trace.json`` (for ui.perfetto.dev) and, for every
-    configuration, ``runs/NAME/`` with the log and the records of all ranks.
+    candidate, ``runs/NAME/`` with the log and the records of all ranks.
 
     Returns:
         The table, in Markdown.
 
     Raises:
-        ValueError: when the configurations cannot be compared.
+        ValueError: when the candidates cannot be compared.
         JobFailed: when one of the jobs fails.
     """
-    names = _check(configs, job)
+    _check(candidates, job)
     output.mkdir(parents=True, exist_ok=True)
     runs = []
-    for number, (name, config) in enumerate(zip(names, configs, strict=True), start=1):
-        directory = output / "runs" / name
+    for number, candidate in enumerate(candidates, start=1):
+        directory = output / "runs" / candidate.name
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        others = _run(job, config, directory, f"[{number}/{len(names)}] {name}")
-        runs.append(Run(name, read_records(directory), others))
+        others = _run(job, candidate, directory, f"[{number}/{len(candidates)}] {candidate.name}")
+        runs.append(Run(candidate.name, read_records(directory), others))
     return write(runs, output, {"steps": job.steps, "processes": job.processes, "script": str(job.script)})
 
 
@@ -99,23 +104,16 @@ def write(runs: Sequence[Run], output: Path, about: dict[str, Any]) -> str:
     return text
 
 
-def _check(configs: Sequence[Path], job: Job) -> list[str]:
-    names = [config.stem for config in configs]
+def _check(candidates: Sequence[Candidate], job: Job) -> None:
+    names = [candidate.name for candidate in candidates]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"two configurations are called {', '.join(repeated)}; give their files different names")
-    for path in (*configs, job.script):
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}")
-    for config in configs:
-        try:
-            json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{config} is not JSON: {error}") from None
-    return names
+    if not job.script.is_file():
+        raise ValueError(f"there is no file {job.script}")
 
 
-def _run(job: Job, config: Path, directory: Path, title: str) -> float | None:
+def _run(job: Job, candidate: Candidate, directory: Path, title: str) -> float | None:
     """Run the job in its own process group, with its output in ``log.txt`` and a progress bar on standard error.
 
     Returns:
@@ -124,7 +122,7 @@ def _run(job: Job, config: Path, directory: Path, title: str) -> float | None:
     started, busy = time.monotonic(), others_seconds()
     path = directory / "log.txt"
     with path.open("w", encoding="utf-8") as log:
-        process = _start(job.command(config, directory), log, job.processes)
+        process = _start(job.command(candidate, directory), log, job.processes)
         try:
             _follow(process, directory / f"{PROGRESS}0", job.steps, title)
         finally:
@@ -170,6 +168,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _result(row: Row, run: Run) -> dict[str, Any]:
-    losses = [step.loss for step in run.first.steps]
-    evaluations = [asdict(evaluation) for evaluation in run.first.evaluations]
-    return {**asdict(row), "costs": asdict(run.costs()), "losses": losses, "evaluations": evaluations}
+    evaluations = [asdict(evaluation) for evaluation in run.evaluations]
+    return {**asdict(row), "costs": asdict(run.costs()), "losses": run.losses, "evaluations": evaluations}

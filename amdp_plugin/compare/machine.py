@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
         "cores": cores(),
         "processor": platform.machine(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "deepspeed", "amdp_plugin")},
+        **{name: _version(name) for name in ("torch", "deepspeed", "megatron-core", "amdp_plugin")},
     }
 
 

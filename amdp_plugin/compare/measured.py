@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from statistics import mean, median
@@ -18,7 +18,7 @@ from ..plan.planner import Planner
 from ..plan.schedule import Schedule
 from ..plan.simulate import steady_state
 from ..runtime.timeline import RUN, WAIT, Event
-from .recording import STOCK, Memory, RankRecord, Step
+from .recording import STOCK, Evaluation, Memory, RankRecord, Step
 
 WARM_UP_STEPS = 5
 """Steps that are left out at the start, or a third of them where that is less: they compile, allocate and fill."""
@@ -66,13 +66,25 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Its name, and whether it is stock DeepSpeed."""
-        return f"{self.name} ({STOCK})" if self.first.engine == STOCK else self.name
+        """Its name, and whether it is the host's own schedule."""
+        return f"{self.name} ({STOCK})" if self.first.engine == STOCK != self.name else self.name
 
     @property
     def first(self) -> RankRecord:
         """A rank whose home is the first stage."""
         return next(record for record in self.records if record.stage == 0)
+
+    @cached_property
+    def losses(self) -> list[float | None]:
+        """Of every step; the mean over the ranks that know it: with some hosts all, with some the last stage's."""
+        all_steps = [record.steps for record in self.records]
+        return [_mean(step.loss for step in steps) for steps in zip(*all_steps, strict=False)]
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """Every evaluation, as the first rank timed it; its loss likewise."""
+        of_ranks = zip(*(record.evaluations for record in self.records), strict=False)
+        return [replace(each[0], loss=_mean(evaluation.loss for evaluation in each)) for each in of_ranks]
 
     @cached_property
     def intervals(self) -> list[list[Interval]]:
@@ -122,25 +134,22 @@ class Run:
     @property
     def final_train_loss(self) -> float | None:
         """Mean over the last steps."""
-        losses = [step.loss for step in self.first.steps[-LAST_LOSSES:] if step.loss is not None]
-        return mean(losses) if losses else None
+        return _mean(self.losses[-LAST_LOSSES:])
 
     @property
     def final_validation_loss(self) -> float | None:
         """Of the last evaluation, if there was one."""
-        return self.first.evaluations[-1].loss if self.first.evaluations else None
+        return self.evaluations[-1].loss if self.evaluations else None
 
     def costs(self) -> CostModel:
         """Medians of what forwards, backwards and updates took on every stage, wherever it ran, and messages between
         ranks."""
         seconds: dict[tuple[int, str], list[float]] = {}
         for record, intervals in zip(self.records, self.intervals, strict=True):
-            for event in record.events:
-                if event.phase == RUN and intervals[0].start <= event.start <= intervals[-1].end:
-                    action = Action.parse(event.name)
-                    # Away from home nothing is updated: the new weights are received.
-                    if action.kind != UPDATE or action.stage == record.stage:
-                        seconds.setdefault((action.stage, action.kind), []).append(event.end - event.start)
+            for action, taken in _seconds_of_actions(record.events, intervals[0].start, intervals[-1].end).items():
+                # Away from home nothing is updated: the new weights are received.
+                if action.kind != UPDATE or action.stage == record.stage:
+                    seconds.setdefault((action.stage, action.kind), []).append(taken)
 
         def medians(kind: str) -> tuple[float, ...]:
             return tuple(max(LEAST_SECONDS, median(seconds[stage, kind])) for stage in range(self.first.stages))
@@ -184,6 +193,22 @@ class Run:
     def _planner(self) -> Planner:
         """Generates the program that was run."""
         return Planner(self.schedule(), self.first.planned_costs)
+
+
+def _mean(losses: Iterable[float | None]) -> float | None:
+    known = [loss for loss in losses if loss is not None]
+    return mean(known) if known else None
+
+
+def _seconds_of_actions(events: Iterable[Event], start: float, end: float) -> dict[Action, float]:
+    """What every action took that began between ``start`` and ``end``, all its pieces together: an update in which
+    stages wait for each other is several."""
+    taken: dict[Action, float] = {}
+    for event in events:
+        if event.phase == RUN and start <= event.start <= end:
+            action = Action.parse(event.name)
+            taken[action] = taken.get(action, 0.0) + event.end - event.start
+    return taken
 
 
 def _warm_intervals(steps: Sequence[Step]) -> list[Interval]:

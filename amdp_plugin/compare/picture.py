@@ -64,16 +64,16 @@ def picture(runs: Sequence[Run]) -> bytes:
 
 def _draw_losses(axes: Axes, runs: Sequence[Run], over: str) -> None:
     for run, colour in zip(runs, _colours(runs), strict=True):
-        steps = [step for step in run.first.steps if step.loss is not None]
-        losses = [step.loss for step in steps if step.loss is not None]
+        told = [(step, loss) for step, loss in zip(run.first.steps, run.losses, strict=False) if loss is not None]
+        losses = [loss for _, loss in told]
         start = run.first.steps[0].start
         each = run.first.steps[-1].tokens or run.first.steps[-1].samples
-        across = [step.step * each if over == "tokens" else step.end - start for step in steps]
+        across = [step.step * each if over == "tokens" else step.end - start for step, _ in told]
         axes.plot(across, losses, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(across, _smooth(losses), color=colour, linewidth=1.8, label=f"{run.label}, training")
         held_out = [
             (evaluation.step * each if over == "tokens" else evaluation.end - start, evaluation.loss)
-            for evaluation in run.first.evaluations
+            for evaluation in run.evaluations
             if evaluation.loss is not None
         ]
         if held_out:

@@ -12,7 +12,7 @@ from ..plan.costs import CostModel
 from ..runtime.timeline import Event
 
 STOCK = "stock"
-"""The engine of DeepSpeed itself, without the ``schedule`` key."""
+"""The host's own engine and schedule."""
 OURS = "amdp_plugin"
 PROGRESS = "steps"
 """``steps<rank>`` has one byte for every step that the rank has done."""
@@ -20,18 +20,17 @@ PROGRESS = "steps"
 
 @dataclass
 class Step:
-    """One ``train_batch`` of one rank.
+    """One optimizer step of one rank: DeepSpeed's ``train_batch``; Megatron's schedule and ``optimizer.step``.
 
     Args:
         step: optimizer steps done with this one, counted from the job's start.
-        start: when ``train_batch`` was called, in seconds of the machine's monotonic clock.
+        start: when it was called, in seconds of the machine's monotonic clock.
         end: when it returned.
-        loss: what it returned, the mean over the window and the data-parallel replicas; ``None`` where that is no
-            number.
+        loss: the mean over the window, as this rank knows it; ``None`` where it does not, or where it is no number.
         samples: samples of the window, over all replicas.
         tokens: tokens of the window, over all replicas; ``None`` where the inputs are no token identifiers, and
-            on ranks without a first stage.
-        interruptions: what else was done since the step before, such as ``eval_batch``.
+            on ranks that do not see them.
+        interruptions: what else was done since the step before, such as an evaluation.
     """
 
     step: int
@@ -45,7 +44,7 @@ class Step:
 
 @dataclass
 class Evaluation:
-    """One ``eval_batch`` after ``step`` steps; ``start`` and ``end`` in seconds of the machine's monotonic clock."""
+    """One evaluation after ``step`` steps; ``start`` and ``end`` in seconds of the machine's monotonic clock."""
 
     step: int
     start: float
@@ -95,10 +94,10 @@ class RankRecord:
         options: the schedule's options.
         stages: stages of the pipeline.
         micro_batches: micro-batches of a window.
-        steps: every ``train_batch``.
-        evaluations: every ``eval_batch``.
-        events: forwards, backwards, reductions and updates (phase ``run``) and waits for messages (phase ``wait``), the
-            latest; they do not overlap.
+        steps: every optimizer step.
+        evaluations: every evaluation.
+        events: forwards, backwards, reductions and updates (phase ``run``) and waits (phase ``wait``), the latest, in
+            order of time; they do not overlap, and an action may be several.
         run_seconds: seconds in forwards, backwards, reductions and updates, in all.
         wait_seconds: seconds in waits, in all.
         peak_in_flight: the most micro-batches that were forwarded and not yet backwarded.

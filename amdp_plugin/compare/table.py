@@ -69,7 +69,7 @@ class Row:
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """The figures of all runs, beside the first one of stock DeepSpeed, or the first one where none is."""
+    """The figures of all runs, beside the first one of a stock host, or the first one where none is."""
     baseline = next((run for run in runs if run.first.engine == STOCK), runs[0])
     return [_row(run, baseline) for run in runs]
 
@@ -103,7 +103,7 @@ def _row(run: Run, baseline: Run) -> Row:
         peak_in_flight_by_rank=run.peak_in_flight_by_rank,
         memory_by_rank=run.memory_by_rank,
         largest_gap=run.largest_gap,
-        first_train_loss=first.steps[0].loss,
+        first_train_loss=run.losses[0],
         final_train_loss=run.final_train_loss,
         final_validation_loss=run.final_validation_loss,
         others_cores=run.others_cores,

@@ -236,9 +236,7 @@ class ScheduledPipelineEngine(PipelineEngine):
 
     def report_losses(self, window: int, direction: int) -> None:
         """On the last stage of ``direction``: average its losses as DeepSpeed does, and send them to all ranks."""
-        placement = self.executor.schedule.placement
-        first, after = window * self.micro_batches, (window + 1) * self.micro_batches
-        numbers = range(first + direction, after, placement.directions)
+        numbers = self.executor.schedule.micro_batches_of(window, direction)
         losses = self.pipeline.losses.take(numbers)
         self.total_loss, self.total_additional_losses = summed(losses)
         aside = self._acting_as(self.num_stages - 1), self._without_broadcast()

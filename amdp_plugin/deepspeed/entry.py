@@ -15,7 +15,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch import nn
 
-from ..runtime.runnable import check_runnable
+from ..runtime.runnable import check_homes, check_runnable
 from ..settings import ScheduleSettings
 from .config import check_compatible, check_topology, enabled, read_settings
 from .engine import ScheduledPipelineEngine
@@ -99,8 +99,7 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
     schedule = settings.make(grid.pipe_parallel_size, size, meet)
     settings.costs(schedule.num_stages)  # refuses what is wrong with them
     check_runnable(schedule)
-    if any(schedule.placement.home(stage) != stage for stage in range(schedule.num_stages)):
-        refuse(f"its first direction must place stage s on rank s, it places them on {schedule.placement.ranks[0]}")
+    check_homes(schedule)
     loss = model.loss_fn
     learns = isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters())
     if schedule.reduces and learns:

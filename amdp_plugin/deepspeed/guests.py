@@ -16,7 +16,7 @@ from deepspeed.runtime.keep_in_fp32 import keep_in_fp32_pattern
 from torch import Tensor, nn
 
 from ..plan.placement import Placement
-from ..runtime.replica import GradientOf, Guest, Home, Replica, gradient_of
+from ..runtime.replica import GradientOf, Replica, gradient_of, make_replicas
 from ..runtime.stage import Stage
 from .random_state import GENERATORS
 
@@ -24,13 +24,11 @@ from .random_state import GENERATORS
 def build_replicas(engine: Any, placement: Placement) -> tuple[dict[int, PipelineModule], dict[int, Replica]]:
     """The guests that ``placement`` puts on the engine's rank, and its replicas (its home stage, if others hold it
     too, and the guests); both by stage."""
-    home, dtype = engine.stage_id, sum_dtype(engine.optimizer)
-    held = [stage for stage in placement.stages[home] if len(placement.holders[stage]) > 1]
-    guests = {stage: build_guest(engine, stage) for stage in held if stage != home}
-    replicas: dict[int, Replica] = {stage: Guest(layers(guest), dtype) for stage, guest in guests.items()}
-    if home in held:
-        replicas[home] = Home(layers(engine.module), dtype, home_gradient(engine.optimizer))
-    return guests, replicas
+    home = engine.stage_id
+    guests = {stage: build_guest(engine, stage) for stage in placement.stages[home] if stage != home}
+    modules = {stage: layers(module) for stage, module in {home: engine.module, **guests}.items()}
+    gradient = home_gradient(engine.optimizer)
+    return guests, make_replicas(placement, home, modules, sum_dtype(engine.optimizer), gradient)
 
 
 def layers(module: PipelineModule) -> nn.ModuleList:

@@ -5,53 +5,34 @@ What lives within DeepSpeed's own reductions alone (its buckets) is seen by the 
 
 from __future__ import annotations
 
-import resource
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-import torch
 from deepspeed.runtime.pipe import schedule as stock
 from torch import Tensor
 
+from ..compare.memory import held, tensors
 from ..compare.recording import Memory
 from ..plan.action import REDUCE, UPDATE
 from .instructions import RunAction
 
 GRADIENTS_OF_OPTIMIZERS = ("fp32_groups_gradients_flat", "averaged_gradients", "all_grad_tensors")
 """Where DeepSpeed's bf16 and ZeRO-1 optimizers keep gradients that no parameter has."""
-RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024
-"""Bytes in a unit of ``ru_maxrss``."""
 
 
 def measure(engine: Any) -> Memory:
-    """What ``engine``, a ``PipelineEngine``, holds now, without the peak.
-
-    A storage counts once, in the first class that it belongs to: weights, gradients, exchange, optimizer state.
-    """
+    """What ``engine``, a ``PipelineEngine``, holds now, without the peak."""
     modules = [engine.module, *getattr(engine, "guests", {}).values()]
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    weights = [*parameters, *(buffer for module in modules for buffer in module.buffers())]
     optimizer = _torch_optimizer(engine)
     stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    counted: set[tuple[torch.device, int]] = set()
-
-    def count(tensors: Iterable[Tensor]) -> int:
-        fresh = {}
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            fresh[tensor.device, storage.data_ptr()] = storage.nbytes()
-        found = sum(size for place, size in fresh.items() if place not in counted)
-        counted.update(fresh)
-        return found
-
-    return Memory(
-        weights=count(weights),
-        gradients=count(_gradients(engine, [*parameters, *stepped])),
-        exchange=count(_tensors(getattr(engine, "exchange_buffers", tuple)())),
-        optimizer_state=count(_tensors([stepped, optimizer.state])),
+    return held(
+        weights=[parameters, (buffer for module in modules for buffer in module.buffers())],
+        gradients=_gradients(engine, [*parameters, *stepped]),
+        exchange=getattr(engine, "exchange_buffers", tuple)(),
+        optimizer_state=[stepped, optimizer.state],
     )
 
 
@@ -83,14 +64,6 @@ def gauge(engine: Any, samples: list[Memory]) -> Iterator[None]:
         engine._INSTRUCTION_MAP = instructions
 
 
-def peak_bytes(device: Any) -> int:
-    """The most that this process has had so far: on a GPU what PyTorch has allocated on ``device``, on the CPU what
-    was resident, with Python and all libraries."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RESIDENT_UNIT
-
-
 def _torch_optimizer(engine: Any) -> Any:
     """The optimizer that DeepSpeed's own may wrap. It steps the weights, or fp32 masters of them."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -98,17 +71,6 @@ def _torch_optimizer(engine: Any) -> Any:
 
 def _gradients(engine: Any, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
     for parameter in parameters:
-        yield from _tensors([parameter.grad, getattr(parameter, "grad_accum", None)])
-    yield from _tensors([getattr(engine.optimizer, name, None) for name in GRADIENTS_OF_OPTIMIZERS])
-    yield from _tensors(getattr(engine, "guest_gradients", tuple)())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(value.values())
-    elif isinstance(value, Iterable) and not isinstance(value, str):
-        for item in value:
-            yield from _tensors(item)
+        yield from tensors([parameter.grad, getattr(parameter, "grad_accum", None)])
+    yield from tensors([getattr(engine.optimizer, name, None) for name in GRADIENTS_OF_OPTIMIZERS])
+    yield from tensors(getattr(engine, "guest_gradients", tuple)())

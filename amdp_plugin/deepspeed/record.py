@@ -7,8 +7,6 @@ Times are those of the host. On the CPU they are what the work took; a GPU works
 
 from __future__ import annotations
 
-import atexit
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,16 +19,14 @@ from deepspeed.runtime.pipe import schedule as stock
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from ..compare.recording import OURS, PROGRESS, STOCK, Evaluation, Memory, RankRecord, Step
+from ..compare.memory import peak_bytes
+from ..compare.recorder import KEPT_EVENTS, Journal, Output, timed
+from ..compare.recording import OURS, STOCK, Memory, RankRecord
 from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
 from ..runtime.timeline import RUN, WAIT, Timeline
 from .engine import ScheduledPipelineEngine
-from .memory import gauge, peak_bytes
+from .memory import gauge
 
-KEPT_EVENTS = 200_000
-WRITE_EVERY_SECONDS = 60.0
-MEASURED_STEP = 2
-"""The step in which memory is measured: the first one makes the optimizer's state."""
 RECORDED_METHODS = ("train_batch", "eval_batch", "save_checkpoint", "load_checkpoint")
 
 
@@ -43,9 +39,7 @@ class Recorder:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._steps: list[tuple[Step, Any]] = []
-        self._evaluations: list[tuple[Evaluation, Any]] = []
-        self._interruptions: list[str] = []
+        self.journal = Journal()
         self._tokens: int | None = None
         self._memory: list[Memory] = []
         self.busy = False
@@ -74,10 +68,6 @@ class Recorder:
         finally:
             self.busy = False
 
-    def interrupt(self, name: str) -> None:
-        """Note that something else was done between two steps."""
-        self._interruptions.append(name)
-
     def record(self) -> RankRecord:
         """Everything until now."""
         ours = self._stock is None
@@ -91,8 +81,8 @@ class Recorder:
             options=dict(executor.schedule.options) if ours else {},
             stages=self._engine.num_stages,
             micro_batches=self._engine.micro_batches,
-            steps=[_with_loss(step, loss) for step, loss in self._steps],
-            evaluations=[_with_loss(evaluation, loss) for evaluation, loss in self._evaluations],
+            steps=self.journal.steps,
+            evaluations=self.journal.evaluations,
             events=list(self.timeline.events),
             run_seconds=totals.run,
             wait_seconds=totals.wait,
@@ -103,28 +93,22 @@ class Recorder:
         )
 
     def _train(self, function: Callable[[], Any]) -> Any:
-        engine, start = self._engine, time.perf_counter()
-        measuring = len(self._steps) + 1 == MEASURED_STEP
+        engine = self._engine
         with (
             self._stock.recording() if self._stock else nullcontext(),
-            gauge(engine, self._memory) if measuring else nullcontext(),
+            gauge(engine, self._memory) if self.journal.next_is_measured else nullcontext(),
         ):
-            loss = function()
-        end = time.perf_counter()
+            loss, span = timed(function)
         tokens = None if self._tokens is None else self._tokens * engine.micro_batches * engine.grid.data_parallel_size
-        step = Step(engine.global_steps, start, end, 0.0, engine.train_batch_size(), tokens, self._interruptions)
-        self._interruptions = []
-        self._steps.append((step, loss))
+        self.journal.step(engine.global_steps, span, loss, engine.train_batch_size(), tokens)
         return loss
 
     def _aside(self, name: str, function: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = function()
-        end = time.perf_counter()
-        self._interruptions.append(name)
+        result, span = timed(function)
+        self.journal.interrupt(name)
         if name == "eval_batch":
             loss = result[0] if isinstance(result, tuple) else result
-            self._evaluations.append((Evaluation(self._engine.global_steps, start, end, None), loss))
+            self.journal.evaluation(self._engine.global_steps, span, loss)
         return result
 
     def _count_tokens(self, module: Any, arguments: tuple[Any, ...]) -> None:
@@ -225,13 +209,12 @@ def record_to(directory: Path) -> None:
 
     Where a job makes several engines, the file is that of the one which trained last.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    output = _Output(directory)
+    output = Output(directory)
 
     def wrap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def recorded(engine: Any, *args: Any, **kwargs: Any) -> Any:
-            recorder = output.recorder_of(engine)
+            recorder = _recorder_of(engine)
             if recorder.busy:
                 return method(engine, *args, **kwargs)
             result = recorder.call(name, lambda: method(engine, *args, **kwargs))
@@ -245,43 +228,11 @@ def record_to(directory: Path) -> None:
         for name in RECORDED_METHODS:
             if kind is PipelineEngine or name in vars(kind):
                 setattr(kind, name, wrap(name, getattr(kind, name)))
-    atexit.register(output.write)
 
 
-class _Output:
-    """The files of one process."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._latest: Recorder | None = None
-        self._written = time.monotonic()
-        self._progress: int | None = None
-
-    def recorder_of(self, engine: Any) -> Recorder:
-        """The recorder of ``engine``, which keeps it."""
-        if not hasattr(engine, "amdp_recorder"):
-            engine.amdp_recorder = Recorder(engine)
-        recorder: Recorder = engine.amdp_recorder
-        return recorder
-
-    def stepped(self, recorder: Recorder) -> None:
-        """Count a step where others can see it, at the price of one byte, and write when it is time to."""
-        if self._progress is None:
-            path = self._directory / f"{PROGRESS}{recorder.rank}"
-            self._progress = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        os.write(self._progress, b".")
-        self._latest = recorder
-        if time.monotonic() - self._written > WRITE_EVERY_SECONDS:
-            self.write()
-            recorder.interrupt("record")
-
-    def write(self) -> None:
-        """Write what the engine that trained last has done."""
-        if self._latest is not None:
-            self._latest.record().write(self._directory)
-        self._written = time.monotonic()
-
-
-def _with_loss(entry: Any, loss: Any) -> Any:
-    """``entry`` with its loss as a number. Read only now: on a GPU that waits for the device."""
-    return replace(entry, loss=float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None)
+def _recorder_of(engine: Any) -> Recorder:
+    """The recorder of ``engine``, which keeps it."""
+    if not hasattr(engine, "amdp_recorder"):
+        engine.amdp_recorder = Recorder(engine)
+    recorder: Recorder = engine.amdp_recorder
+    return recorder

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..plan import schedules
+from ..runtime.runnable import check_homes, check_runnable
 from ..settings import ScheduleSettings, read_schedule
-from .refusals import check_common_decisions, check_options, check_placement
+from .refusals import check_common_decisions, check_options
 
 STOCK = "stock"
 FLAG, OPTIONS_FLAG = "--pipeline-schedule", "--pipeline-schedule-options"
@@ -59,7 +60,8 @@ def check_arguments(arguments: Namespace, settings: ScheduleSettings) -> list[st
     meet = bool(arguments.clip_grad > 0 or arguments.fp16 or tied)
     schedule = settings.make(stages, _micro_batches(arguments), meet)
     settings.costs(stages)
-    check_placement(settings, schedule)
+    check_runnable(schedule)
+    check_homes(schedule)
     check_options(settings, schedule, [arguments])
     check_common_decisions(settings, schedule, tied, arguments.fp16)
     return _turn_off(arguments, schedule.flush)

@@ -16,9 +16,9 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from ..plan.placement import Placement
-from ..runtime.replica import Guest, Home, Replica
+from ..runtime.replica import Replica, make_replicas
 from .random_state import GENERATORS
-from .stage_view import StageGroup, accepted, acting_as
+from .stage_view import StageGroup, accepted, acting_as, building_with
 
 ModelProvider = Callable[..., nn.Module]
 
@@ -36,19 +36,20 @@ def build_guests(
     """The guests that ``placement`` puts on ``rank``, by stage, with weights of no meaning yet.
 
     Args:
-        provider: the job's: ``model_provider(pre_process, post_process, ..., pg_collection)`` builds one stage.
+        provider: the job's: ``model_provider(pre_process, post_process)`` builds one stage; it gets ``config`` and
+            ``pg_collection`` where it takes them.
         home: this rank's own chunk, as Megatron trains it.
 
     Raises:
-        ValueError: where there is no provider, or none that builds a stage of another rank.
+        ValueError: where there is no provider.
     """
     stages = [stage for stage in placement.stages[rank] if stage != rank]
     if not stages:
         return {}
-    if provider is None or not accepted(provider, pg_collection=None):
+    if provider is None:
         raise ValueError(
-            f"pipeline rank {rank} also holds the stages {stages}: give a model_provider(pre_process, post_process, "
-            "vp_stage=None, config=None, pg_collection=None) that builds a stage with the pg_collection it is given"
+            f"pipeline rank {rank} also holds the stages {stages}: attach() needs the model_provider(pre_process, "
+            "post_process) that builds them"
         )
     state = GENERATORS.get()
     guests = {stage: _build(provider, home, stage, placement.num_stages) for stage in stages}
@@ -60,11 +61,8 @@ def build_replicas(
     home: nn.Module, rank: int, guests: Mapping[int, nn.Module], placement: Placement
 ) -> dict[int, Replica]:
     """The stages on ``rank`` that others hold too."""
-    dtype = sum_dtype(home)
-    replicas: dict[int, Replica] = {stage: Guest(bare(guest), dtype) for stage, guest in guests.items()}
-    if len(placement.holders[rank]) > 1:
-        replicas[rank] = Home(bare(home), dtype, _main_gradient)
-    return replicas
+    modules = {stage: bare(chunk) for stage, chunk in {rank: home, **guests}.items()}
+    return make_replicas(placement, rank, modules, sum_dtype(home), _main_gradient)
 
 
 def sum_dtype(home: nn.Module) -> torch.dtype:
@@ -79,7 +77,7 @@ def _build(provider: ModelProvider, home: nn.Module, stage: int, num_stages: int
     groups.pp = StageGroup(stage, num_stages)
     groups.embd = groups.pos_embd = None  # tied weights come from the home, not from a broadcast at the building
     ends = {"pre_process": stage == 0, "post_process": stage == num_stages - 1}
-    with acting_as(stage):
+    with acting_as(stage), building_with(groups):
         guest: Any = provider(**ends, **accepted(provider, config=config, pg_collection=groups))
     guest.model_type = getattr(bare(home), "model_type", None)
     guest.to(next(home.parameters()).device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -16,12 +16,13 @@ from ..plan.schedule import Schedule
 from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_table
 from ..runtime.executor import Executor
 from ..runtime.pipeline import Pipeline, Site
+from ..runtime.runnable import check_homes, check_runnable
 from ..settings import ScheduleSettings
 from .guests import ModelProvider, bare, build_guests, build_replicas, sum_dtype
 from .losses import WindowReports
-from .optimizer import OptimizerSteps, make_stage_local
+from .optimizer import OptimizerSteps, stage_local
 from .random_state import GENERATORS
-from .refusals import check_common_decisions, check_options, check_placement
+from .refusals import check_common_decisions, check_options
 from .worker import Call, ChunksWorker
 
 stock_forward_backward_func = schedules.get_forward_backward_func
@@ -55,6 +56,8 @@ class ScheduledForwardBackward:
         self.guests: dict[int, nn.Module] = {}
         self.notices: list[str] = []
         self._attached = self._started = False
+        self._taken = ExitStack()
+        """Gives back what belongs to the loop."""
         self._shape: tuple[Any, ...] = ()
 
     # For training loops
@@ -95,12 +98,13 @@ class ScheduledForwardBackward:
         if num_microbatches is not None:
             self.schedule = self._check(self._make_schedule(num_microbatches))
         self._steps = OptimizerSteps(optimizer, self._chunk)
+        self._taken.callback(self._steps.release)
         self._attached = True
 
     def detach(self) -> None:
         """End what is in flight, and give the optimizer back to the loop."""
         self.quiesce()
-        self._steps.release()
+        self._taken.close()
         self._attached = self._started = False
 
     def quiesce(self) -> None:
@@ -157,8 +161,9 @@ class ScheduledForwardBackward:
         """
         arguments = dict(forward_step_func=forward_step_func, data_iterator=data_iterator, model=model, **others)
         if forward_only:
-            stock = stock_forward_backward_func()
-            return stock(num_microbatches=num_microbatches, forward_only=True, **arguments)
+            with self.pipeline.watch.guard("evaluation", None) if self._started else nullcontext():
+                stock = stock_forward_backward_func()
+                return stock(num_microbatches=num_microbatches, forward_only=True, **arguments)
         if not self._attached:
             raise ValueError("attach(model, optimizer) comes before the first call with forward_only=False")
         if only(model, "model chunk") is not self._chunk:
@@ -182,11 +187,11 @@ class ScheduledForwardBackward:
         """Make the pipeline at the first call; make it anew for windows of another size, or for other shapes."""
         if not self._started:
             self._make(micro_batches)
-        elif micro_batches != self.pipeline.schedule.micro_batches:
-            self._resize(micro_batches)
         elif shape != self._shape and self.pipeline.channels is not None:
             self.executor.quiesce()
             self.pipeline.channels.forget_shapes()
+        if micro_batches != self.pipeline.schedule.micro_batches:
+            self._resize(micro_batches)
         self._started, self._shape = True, shape
 
     def _make(self, micro_batches: int) -> None:
@@ -200,8 +205,9 @@ class ScheduledForwardBackward:
         chunks = {self._rank: self._chunk, **self.guests}
         self.pipeline.hold(replicas, {stage: bare(chunks[stage]) for stage in replicas})
         if not self.updates_meet:
-            make_stage_local(self._optimizer)
+            self._taken.enter_context(stage_local(self._optimizer))
         if not self.schedule.flush:
+            self._taken.callback(setattr, self._config, "barrier_with_L1_time", self._config.barrier_with_L1_time)
             self._config.barrier_with_L1_time = False
         self._start(self._iteration)
         self.pipeline.restart(self._iteration, self._resumed_states)
@@ -235,7 +241,8 @@ class ScheduledForwardBackward:
         return self.settings.make(self._num_stages, micro_batches, meet)
 
     def _check(self, schedule: Schedule) -> Schedule:
-        check_placement(self.settings, schedule)
+        check_runnable(schedule)
+        check_homes(schedule)
         check_options(self.settings, schedule, [self._config, self._chunk.ddp_config, self._optimizer.config])
         check_common_decisions(self.settings, schedule, self._tied, self._fp16)
         return schedule
@@ -257,9 +264,11 @@ class ScheduledForwardBackward:
         timers = self._config.timers
         if timers is not None:
             timers("forward-backward", log_level=1).start(barrier=self._config.barrier_with_L1_time)
-        yield
-        if timers is not None:
-            timers("forward-backward").stop()
+        try:
+            yield
+        finally:
+            if timers is not None:
+                timers("forward-backward").stop()
 
 
 def only(given: Any, what: str) -> Any:

@@ -18,13 +18,13 @@ class WindowReports:
     """What the loss function reported, gathered on the last pipeline rank, which is where Megatron reads it."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline, self._placement = pipeline, pipeline.schedule.placement
+        self._pipeline, self._schedule = pipeline, pipeline.schedule
         self._reader = pipeline.schedule.num_ranks - 1
         self._here: dict[tuple[int, int], list[Any]] = {}
 
     def collect(self, window: int, direction: int) -> None:
         """Where ``direction`` ends, after its last backward of ``window``: keep what it reported, or send it."""
-        reported = self._pipeline.losses.take(self._numbers(window, direction))
+        reported = self._pipeline.losses.take(self._schedule.micro_batches_of(window, direction))
         if self._pipeline.site.rank == self._reader:
             self._here[window, direction] = reported
         else:
@@ -37,8 +37,8 @@ class WindowReports:
             return []
         found: dict[int, Any] = {}
         pattern = self._here[window, 0][0]
-        for direction, row in enumerate(self._placement.ranks):
-            numbers = self._numbers(window, direction)
+        for direction, row in enumerate(self._schedule.placement.ranks):
+            numbers = self._schedule.micro_batches_of(window, direction)
             if row[-1] == self._reader:
                 reported = self._here.pop((window, direction))
             else:
@@ -47,10 +47,6 @@ class WindowReports:
                 reported = unpack(self._pipeline.channels.receive_report(row[-1], length, direction), pattern)
             found.update(zip(numbers, reported, strict=True))
         return [found[number] for number in sorted(found)]
-
-    def _numbers(self, window: int, direction: int) -> range:
-        size = self._pipeline.schedule.micro_batches
-        return range(window * size + direction, (window + 1) * size, self._placement.directions)
 
 
 def pack(reported: Sequence[Reported]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron.core import parallel_state
@@ -54,19 +55,21 @@ class OptimizerSteps:
         self._zero_grad()
 
 
-def make_stage_local(optimizer: Any) -> None:
-    """Let ``optimizer`` take norms, overflows and counts of zeros within the stage, not over the pipeline.
+@contextmanager
+def stage_local(optimizer: Any) -> Iterator[None]:
+    """Within it ``optimizer`` takes norms, overflows and counts of zeros within the stage, not over the pipeline.
 
     That is over the tensor-parallel ranks; with the distributed optimizer, whose ranks hold a part of the stage's
     gradients each, over the data-parallel ranks too.
     """
-    for each in members(optimizer):
-        if is_distributed(each):
-            each.grad_stats_parallel_group = parallel_state.get_tensor_and_data_parallel_group(
-                with_context_parallel=True
-            )
-        else:
-            each.grad_stats_parallel_group = parallel_state.get_tensor_model_parallel_group()
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    tensor_and_data = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    before = [(each, each.get_grad_stats_parallel_group()) for each in members(optimizer)]
+    for each, _ in before:
+        each.grad_stats_parallel_group = tensor_and_data if is_distributed(each) else tensor
+    yield
+    for each, group in before:
+        each.grad_stats_parallel_group = group
 
 
 def members(optimizer: Any) -> Iterator[Any]:

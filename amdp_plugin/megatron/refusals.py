@@ -145,25 +145,6 @@ def check_common_decisions(settings: ScheduleSettings, schedule: Schedule, tied:
         )
 
 
-def check_placement(settings: ScheduleSettings, schedule: Schedule) -> None:
-    """Refuse a placement whose homes are not where Megatron builds the stages.
-
-    Raises:
-        ValueError: with the placement.
-    """
-    placement = schedule.placement
-    if any(placement.home(stage) != stage for stage in range(schedule.num_stages)):
-        raise ValueError(
-            f"schedule {settings.name!r}: its first direction must place stage s on rank s, it places them on "
-            f"{placement.ranks[0]}"
-        )
-    if schedule.update_delay:
-        raise ValueError(
-            f"schedule {settings.name!r}: every gradient is applied before the next window's is summed; use updates "
-            "together"
-        )
-
-
 def refuse(schedule: str, what: str, why: str, instead: str) -> None:
     """Raise the error that names them."""
     raise ValueError(f"schedule {schedule!r} cannot be used with {what}: {why}; {instead}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 @contextmanager
@@ -27,6 +30,21 @@ def acting_as(stage: int) -> Iterator[None]:
         parallel_state.set_pipeline_model_parallel_rank(before)
 
 
+@contextmanager
+def building_with(groups: ProcessGroupCollection) -> Iterator[None]:
+    """Within it modules that take their process groups from Megatron's globals get ``groups``.
+
+    Not every ``model_provider`` passes on those that it is given.
+    """
+    name = "use_mpu_process_groups"
+    original = ProcessGroupCollection.__dict__[name]
+    setattr(ProcessGroupCollection, name, staticmethod(lambda *args, **kwargs: copy.copy(groups)))
+    try:
+        yield
+    finally:
+        setattr(ProcessGroupCollection, name, original)
+
+
 class StageGroup:
     """Stands in for the pipeline's process group where a module only asks which stage it is."""
 
@@ -42,7 +60,14 @@ class StageGroup:
 
 def accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     """Those of ``arguments`` that ``function`` takes: Megatron's signatures grow and shrink from release to release."""
+    names = _parameters(function)
+    return arguments if names is None else {name: value for name, value in arguments.items() if name in names}
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Names of what ``function`` takes; ``None`` where it takes any."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return arguments
-    return {name: value for name, value in arguments.items() if name in parameters}
+        return None
+    return frozenset(parameters)

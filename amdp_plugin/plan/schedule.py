@@ -182,6 +182,11 @@ class Schedule:
                 "(stage, kind F or B, micro-batch) and the instant since which it could start, and returns a tuple"
             ) from error
 
+    def micro_batches_of(self, window: int, direction: int) -> range:
+        """The micro-batches of ``window`` in ``direction``."""
+        first, after = window * self.micro_batches, (window + 1) * self.micro_batches
+        return range(first + direction, after, self.placement.directions)
+
     def backwards_per_window(self, rank: int, stage: int) -> int:
         """Backwards of ``stage`` that ``rank`` runs in one window."""
         directions = sum(row[stage] == rank for row in self.placement.ranks)

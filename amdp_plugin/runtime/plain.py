@@ -15,7 +15,7 @@ from .channels import Tensors
 from .feed import Feed
 from .losses import WindowLosses
 from .random_streams import RandomStreams
-from .replica import Guest, Home
+from .replica import make_replicas
 from .stage import Loss, Stage, as_tuple, input_leaf
 from .weights import live_update
 from .worker import StagesWorker
@@ -46,11 +46,7 @@ class PlainWorker(StagesWorker):
         data: Iterator[tuple[Any, Any]] | None = None,
     ) -> None:
         feed = Feed(lambda: next(data), partial(schedule.placement.is_end, rank)) if data else None
-        replicas = {
-            stage: Home(module) if stage in optimizers else Guest(module)
-            for stage, module in modules.items()
-            if len(schedule.placement.holders[stage]) > 1
-        }
+        replicas = make_replicas(schedule.placement, rank, modules)
         streams = RandomStreams(schedule.placement.directions)
         super().__init__(schedule, feed, streams, WindowLosses(), replicas)
         self.modules, self._optimizers, self.reported = modules, optimizers, dict[int, float]()
@@ -88,6 +84,5 @@ class PlainWorker(StagesWorker):
         optimizer.zero_grad()
 
     def end_of_backwards(self, window: int, direction: int) -> None:
-        size = self.schedule.micro_batches
-        numbers = range(window * size + direction, (window + 1) * size, self.directions)
+        numbers = self.schedule.micro_batches_of(window, direction)
         self.reported.update(zip(numbers, self.losses.take(numbers), strict=True))

@@ -6,10 +6,12 @@ module's parameters, which is the same on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from ..plan.placement import Placement
 
 Parameters = list[nn.Parameter]
 GradientOf = Callable[[nn.Parameter], Tensor]
@@ -106,6 +108,26 @@ class Guest:
 
 
 Replica = Home | Guest
+
+
+def make_replicas(
+    placement: Placement,
+    rank: int,
+    modules: Mapping[int, nn.Module],
+    sum_dtype: torch.dtype | None = None,
+    gradient_of: GradientOf = gradient_of,
+) -> dict[int, Replica]:
+    """Of ``modules``, the stages on ``rank``, those that other ranks hold too: at home here, or as guests.
+
+    Args:
+        sum_dtype: dtype of the sums of gradients; by default that of the parameters.
+        gradient_of: where the home sums the gradient of a parameter.
+    """
+    shared = {stage: module for stage, module in modules.items() if len(placement.holders[stage]) > 1}
+    return {
+        stage: Home(module, sum_dtype, gradient_of) if placement.home(stage) == rank else Guest(module, sum_dtype)
+        for stage, module in shared.items()
+    }
 
 
 def _groups(module: nn.Module) -> list[Parameters]:

@@ -22,3 +22,16 @@ def check_runnable(schedule: Schedule) -> None:
             f"schedule {schedule.name!r} can be planned, not run: a backward uses the latest weights, and no others "
             f"are kept; its weights are {schedule.weights!r}, use \"latest\""
         )
+
+
+def check_homes(schedule: Schedule) -> None:
+    """Refuse a placement whose homes are not where a host builds the stages: stage ``s`` on rank ``s``.
+
+    Raises:
+        ValueError: with the placement.
+    """
+    if any(schedule.placement.home(stage) != stage for stage in range(schedule.num_stages)):
+        raise ValueError(
+            f"schedule {schedule.name!r}: its first direction must place stage s on rank s, it places them on "
+            f"{schedule.placement.ranks[0]}"
+        )
