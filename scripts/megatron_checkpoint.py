@@ -1,0 +1,75 @@
+"""Checkpoints of a training loop on megatron-core, in Megatron's distributed format."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron_model import Trained
+
+LATEST = "latest"
+METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
+"""How the distributed optimizer lays out its state: as it is in memory, so that a load changes no bit."""
+
+
+def save(directory: Path, step: int, trained: Trained, random_states: list[Any]) -> None:
+    """Write the checkpoint of ``step``, the latest in ``directory`` from then on. All ranks must call it.
+
+    Args:
+        random_states: what this rank's streams of random numbers would draw next.
+    """
+    folder = directory / f"step_{step:07d}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state_of(trained, step, random_states), str(folder))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (directory / LATEST).write_text(folder.name)
+
+
+def load(directory: Path, trained: Trained) -> tuple[int, list[Any]]:
+    """Take over the latest checkpoint in ``directory``, which must be of as many ranks of each kind.
+
+    Returns:
+        The steps that it had made, and its random states.
+    """
+    latest = directory / LATEST
+    if not latest.is_file():
+        raise ValueError(f"--resume: no checkpoint in {directory}")
+    found = dist_checkpointing.load(state_of(trained), str(directory / latest.read_text().strip()))
+    trained.model.load_state_dict(found["model"])
+    trained.optimizer.load_state_dict(found["optimizer"])
+    trained.scheduler.load_state_dict(found["scheduler"])
+    return found["step"], found["random_states"]
+
+
+def state_of(trained: Trained, step: int | None = None, random_states: list[Any] | None = None) -> dict[str, Any]:
+    """Everything in a checkpoint; without ``random_states`` where what is there is to be loaded."""
+    model = trained.model.module.sharded_state_dict(metadata=METADATA)
+    loading = random_states is None
+    return {
+        "model": model,
+        "optimizer": trained.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA),
+        "scheduler": trained.scheduler.state_dict(),
+        "step": step,
+        "random_states": ShardedObject("random_states", random_states, *ranks_of_each_kind()),
+    }
+
+
+def ranks_of_each_kind() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How many pipeline, tensor-parallel and data-parallel ranks there are, and which of them this is."""
+    sizes = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    ranks = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    return sizes, ranks
