@@ -79,4 +79,6 @@ def _rank(rank: int, world: int, rendezvous: Path, answers: Any, target: Callabl
     finally:
         answers.close()
         answers.join_thread()
+        for child in multiprocessing.active_children():
+            child.kill()  # writers of checkpoints, which would wait for ever for a parent that ends like this
         os._exit(0)
