@@ -286,6 +286,17 @@ def test_bert_trains_on_a_cpu(tmp_path: Path) -> None:
 
 
 @needs_megatron_lm
+def test_bert_trains_at_four_stages_where_ranks_build_each_others(tmp_path: Path) -> None:
+    """pretrain_bert.py does not pass on the process groups that its provider is given."""
+    prefix, vocabulary = write_bert_data(tmp_path)
+    variables = {"DATA_PATH": str(prefix), "VOCAB_FILE": str(vocabulary), "SPLIT": "90,5,5", "GPUS_PER_NODE": "4"}
+    short = {**variables, "ITERATIONS": "4"}
+    stock, amdp = (train_on_cpu(BERT, {**short, "SCHEDULE": name}) for name in ("stock", "amdp"))
+    assert len(amdp["training"]) == 4
+    assert amdp["training"][0] == stock["training"][0] and amdp["training"][-1] < amdp["training"][0]
+
+
+@needs_megatron_lm
 def test_a_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     job = {"SCHEDULE": "paci", "MOCK_DATA": "1", "SAVE_INTERVAL": "2", "ITERATIONS": "4"}
     job["CHECKPOINT_DIR"] = str(tmp_path / "checkpoints")
