@@ -111,7 +111,7 @@ class Run:
 
     @cached_property
     def waiting_share_by_rank(self) -> list[float]:
-        """Share of the warm steps in which a rank waits for messages."""
+        """Share of the warm steps in which a rank waits for others."""
         return [_share(record.events, WAIT, of) for record, of in zip(self.records, self.intervals, strict=True)]
 
     @cached_property

@@ -30,6 +30,11 @@ class Journal:
         self._interruptions: list[str] = []
 
     @property
+    def number(self) -> int:
+        """Of the latest step; 0 before the first."""
+        return self._steps[-1][0].step if self._steps else 0
+
+    @property
     def next_is_measured(self) -> bool:
         """Whether the step to come is the one in which memory is measured."""
         return len(self._steps) + 1 == MEASURED_STEP
@@ -58,13 +63,12 @@ class Journal:
 
     def part_of_evaluation(self, span: tuple[float, float], loss: Any) -> None:
         """As :meth:`evaluation`, in a job that evaluates in several calls: those between two steps count as one."""
-        number = self._steps[-1][0].step if self._steps else 0
-        if self._evaluations and self._evaluations[-1][0].step == number:
+        if self._evaluations and self._evaluations[-1][0].step == self.number:
             before, losses = self._evaluations[-1]
             self._evaluations[-1] = replace(before, end=span[1]), [*losses, loss]
         else:
             self.interrupt("evaluation")
-            self.evaluation(number, span, loss)
+            self.evaluation(self.number, span, loss)
 
 
 class Recorder(Protocol):

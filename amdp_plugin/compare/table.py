@@ -203,7 +203,7 @@ def _notes(found: Sequence[Row], memory: bool) -> list[str]:
         f"of what forwards, backwards, updates and messages took in the run of {row.baseline} (in proportion to the "
         "size of the micro-batches, where that differs).",
         f"- {row.baseline} measured, as options of a schedule: {json.dumps(_of_baseline(found).measured_options)}.",
-        "- waiting: share of the time in which a rank waits for messages. in flight: the most micro-batches forwarded "
+        "- waiting: share of the time in which a rank waits for others. in flight: the most micro-batches forwarded "
         "and not yet backwarded. largest gap: the most updates between a forward and its backward, as measured.",
         *([MEMORY_NOTE] if memory else []),
         f"- train loss: mean of the last {LAST_LOSSES} steps. {_first_losses(found)}",

@@ -1,6 +1,8 @@
 """``python -m amdp_plugin.megatron path/to/pretrain_gpt.py ...`` runs an unmodified Megatron-LM job, patched.
 
-Schedules are chosen with ``--pipeline-schedule``; without it the job is Megatron's own.
+Schedules are chosen with ``--pipeline-schedule``; without it the job is Megatron's own. A script on megatron-core
+alone, where there is no Megatron-LM to patch, runs as it is. ``--record DIR`` before the script also writes what every
+rank did and waited for, to DIR.
 """
 
 from __future__ import annotations
@@ -8,8 +10,11 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from importlib.util import find_spec
 
-USAGE = "usage: python -m amdp_plugin.megatron SCRIPT [ARGUMENT ...]"
+from ..compare.launching import take_record
+
+USAGE = "usage: python -m amdp_plugin.megatron [--record DIR] SCRIPT [ARGUMENT ...]"
 EXIT_USAGE = 2
 
 
@@ -18,18 +23,33 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return
-    if not arguments or not os.path.isfile(arguments[0]):
-        what = f"there is no file {arguments[0]}" if arguments else "which script?"
-        print(f"python -m amdp_plugin.megatron: {what}\n{USAGE}", file=sys.stderr)
-        raise SystemExit(EXIT_USAGE)
+    try:
+        directory = take_record(arguments)
+        if not arguments or not os.path.isfile(arguments[0]):
+            raise ValueError(f"there is no file {arguments[0]}" if arguments else "which script?")
+    except ValueError as error:
+        print(f"python -m amdp_plugin.megatron: {error}\n{USAGE}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
     sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
-    from . import patch
+    lines = _patch()
+    if directory is not None:
+        from .record import record_to
 
-    for line in patch():
-        if os.environ.get("RANK", "0") == "0":
-            print(f"[amdp] {line}", flush=True)
+        record_to(directory)
+        lines.append(f"recording to {directory}")
+    if os.environ.get("RANK", "0") == "0":
+        print(*(f"[amdp] {line}" for line in lines), sep="\n", flush=True)
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _patch() -> list[str]:
+    """Patch Megatron-LM where there is one."""
+    from . import patch
+
+    if find_spec("megatron.training") is None:
+        return ["no megatron.training here: nothing is patched"]
+    return patch()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from torch import nn
 
 from amdp_plugin.compare.measured import Run
+from amdp_plugin.compare.memory import peak_bytes
 from amdp_plugin.compare.recording import Memory, RankRecord
-from amdp_plugin.deepspeed.memory import gauge, measure, peak_bytes
+from amdp_plugin.deepspeed.memory import gauge, measure
 from amdp_plugin.deepspeed.record import Recorder
 from amdp_plugin.plan.action import BACKWARD, FORWARD, Action
 from amdp_plugin.plan.planner import Planner
