@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Job:
         micro_batches: of a window.
         tensor, data: ranks of a stage.
         alike: whether all data-parallel replicas read the same micro-batches.
+        lengths: of the sequences; of micro-batch ``i`` the ``i``-th, over and over.
+        masked: some labels do not count, and the loss function reports the number of those that do.
         clip: limit of the norm of gradients; 0 for none.
         model: more of ``TransformerConfig``.
         optimizer: more of ``OptimizerConfig``.
@@ -46,6 +49,8 @@ class Job:
     tensor: int = 1
     data: int = 1
     alike: bool = False
+    lengths: tuple[int, ...] = (SEQUENCE,)
+    masked: bool = False
     bf16: bool = False
     tied: bool = False
     clip: float = 0.0
@@ -60,6 +65,10 @@ class Job:
     @property
     def stock(self) -> Job:
         return replace(self, schedule=None)
+
+    @property
+    def distributed_optimizer(self) -> bool:
+        return bool(self.optimizer.get("use_distributed_optimizer"))
 
     def config(self) -> TransformerConfig:
         dtype = torch.bfloat16 if self.bf16 else torch.float32
@@ -117,12 +126,13 @@ class Job:
         return TransformerBlockSubmodules(layer_specs=specs, layer_norm=MarkedNorm)
 
     def batches(self, first: int = 0, replica: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(tokens, labels)``, int64 [ROWS, SEQUENCE], from micro-batch ``first`` on; each depends on its number and
+        """``(tokens, labels)``, int64 [ROWS, length], from micro-batch ``first`` on; each depends on its number and
         the replica alone."""
         index, stride = first, 1 if self.alike else self.data
         while True:
             generator = torch.Generator().manual_seed(1000 + index * stride + (0 if self.alike else replica))
-            tokens = torch.randint(VOCABULARY, (ROWS, SEQUENCE + 1), generator=generator)
+            length = self.lengths[index % len(self.lengths)]
+            tokens = torch.randint(VOCABULARY, (ROWS, length + 1), generator=generator)
             yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
             index += 1
 
@@ -138,8 +148,8 @@ class MarkedNorm(nn.LayerNorm):
 
 
 def run_model(model: Any, tokens: Tensor | None, labels: Tensor | None) -> Tensor:
-    """One stage, as the tests' ``forward_step`` calls it; ``tokens`` and ``labels`` [rows, length] where it reads."""
-    length = SEQUENCE if tokens is None else tokens.shape[1]
+    """One stage; ``tokens`` and ``labels`` [rows, length] are those that it needs."""
+    length = next((given.shape[1] for given in (tokens, labels) if given is not None), SEQUENCE)
     mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), 1)
     output: Tensor = model(tokens, torch.arange(length).expand(ROWS, -1), mask, labels=labels)
     return output
@@ -153,5 +163,20 @@ def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
 
 
 def report(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, [1] to backward, and what is reported of it."""
     loss = output.float().mean()
     return loss, {"lm loss": loss.detach().clone()}
+
+
+def masked_forward_step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
+    """As :func:`forward_step`, with the sum of the losses that count, and their number."""
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    tokens, labels = next(iterator) if first or last else (None, None)
+    return run_model(model, tokens, labels if last else None), partial(masked_report, labels)
+
+
+def masked_report(labels: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The sum, how many there are of it, and both as what is reported."""
+    counts = labels % 3 > 0
+    total, number = (output.float() * counts).sum(), counts.sum()
+    return total, number.int(), {"lm loss": torch.stack([total.detach(), number.float()])}

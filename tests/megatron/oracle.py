@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,11 @@ from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.settings import read_schedule
 from tests.processes import run_ranks
 
-from .jobs import Job, run_model
+from .jobs import Job, masked_report, report, run_model
 from .training import assert_same_weights, copies, initialize
+
+Phases = Sequence[tuple[int, int]]
+"""(iterations, micro-batches of each)."""
 
 
 class OracleStage(nn.Module):
@@ -48,13 +52,18 @@ class OracleStage(nn.Module):
 
 def oracle_loss(output: tuple[OracleStage, Tensor], labels: Tensor) -> Tensor:
     stage, value = output
-    return stage.run(value, labels).float().mean()
+    losses = stage.run(value, labels)
+    if stage.job.masked:
+        total, number, _ = masked_report(labels, losses)
+        return total / number
+    return report(losses)[0]
 
 
-def run_oracle(rank: int, job: Job, iterations: int, before_step: Any) -> dict[str, Any]:
+def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any) -> dict[str, Any]:
     initialize(replace(job, pipeline=1, tensor=1))
     settings = read_schedule(job.schedule, "the test")
-    schedule = settings.make(job.pipeline, job.micro_batches, meet=job.clip > 0 or job.tied)
+    meet = job.clip > 0 or job.tied
+    schedule = settings.make(job.pipeline, job.micro_batches, meet)
     chosen = job.optimizer_config()
 
     def make_adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -77,15 +86,21 @@ def run_oracle(rank: int, job: Job, iterations: int, before_step: Any) -> dict[s
         master_dtype=torch.float32 if job.bf16 else None,
         before_step=before_step,
     )
-    pipeline.train(job.batches(), iterations)
-    size, placement = job.micro_batches, pipeline.schedule.placement
-    losses = [float(pipeline._losses[number]) for number in range(iterations * size)]
-    ranks = range(schedule.num_ranks)
+    batches, losses = job.batches(), []
+    for iterations, size in phases:
+        if size != pipeline.schedule.micro_batches:
+            pipeline.schedule = settings.make(job.pipeline, size, meet)
+            pipeline.used.clear()
+        first = pipeline.versions[0] * size
+        pipeline.train(batches, iterations)
+        own = [float(pipeline._losses[number]) for number in range(first, first + iterations * size)]
+        losses += [own[start : start + size] for start in range(0, len(own), size)]
+    placement, ranks = pipeline.schedule.placement, range(schedule.num_ranks)
     return {
         "weights": [
             {stage: copies(pipeline.replica(stage, rank)) for stage in placement.stages[rank]} for rank in ranks
         ],
-        "losses": [losses[first : first + size] for first in range(0, len(losses), size)],
+        "losses": losses,
         "random": pipeline.random_states,
         "gaps": [
             max(
@@ -102,13 +117,18 @@ def nothing(parameters: Any) -> None:
     """No clipping."""
 
 
-def oracle(job: Job, iterations: int = 4, before_step: Any = nothing) -> dict[str, Any]:
+def oracle(job: Job, iterations: int = 4, before_step: Any = nothing, phases: Phases = ()) -> dict[str, Any]:
     """What the ranks of ``job`` must end with: ``weights`` of every stage on every pipeline rank, ``losses`` of every
     window's micro-batches, CPU ``random`` states of every rank's directions, measured ``gaps`` of every rank.
 
     In a process of its own, since Megatron's parallel state is one a process.
+
+    Args:
+        phases: instead of ``iterations``: several parts, with nothing in flight between them, of windows of one size
+            each; ``gaps`` are those with the last size.
     """
-    result: dict[str, Any] = run_ranks(1, run_oracle, job, iterations, before_step)[0]
+    chosen = phases or [(iterations, job.micro_batches)]
+    result: dict[str, Any] = run_ranks(1, run_oracle, job, chosen, before_step)[0]
     return result
 
 

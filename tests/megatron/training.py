@@ -20,7 +20,7 @@ from amdp_plugin.megatron.hook import ScheduledForwardBackward
 from amdp_plugin.megatron.random_state import GENERATORS
 from tests.processes import run_ranks
 
-from .jobs import ROWS, SEQUENCE, Job, forward_step
+from .jobs import ROWS, SEQUENCE, Job, forward_step, masked_forward_step
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import megatron_on_cpu
@@ -40,7 +40,8 @@ class Trainer:
     """A training loop of one's own on megatron-core, on one rank, with nothing in it that knows of schedules but
     ``attach``."""
 
-    def __init__(self, rank: int, job: Job) -> None:
+    def __init__(self, rank: int, job: Job, **attached: Any) -> None:
+        """``attached`` goes into ``attach``."""
         self.job, self.iteration = job, 0
         initialize(job)
         self.stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -62,14 +63,36 @@ class Trainer:
         torch.manual_seed(100 + self.stage)
         random.seed(100 + self.stage)
         if job.schedule is not None:
-            self.function = forward_backward_func(job.schedule)
-            self.function.attach([self.chunk], self.optimizer, job.provider)
+            self.attach(job.schedule, **attached)
         self.read_from(0)
+
+    def attach(self, schedule: Any, **more: Any) -> None:
+        """Train under ``schedule`` from now on."""
+        self.function = forward_backward_func(schedule)
+        self.function.attach([self.chunk], self.optimizer, self.job.provider, iteration=self.iteration, **more)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the hook trains, and not stock."""
+        return isinstance(self.function, ScheduledForwardBackward)
 
     @property
     def hook(self) -> ScheduledForwardBackward:
         hook: ScheduledForwardBackward = self.function
         return hook
+
+    def random_states(self) -> list[Any]:
+        """Of every direction on this rank."""
+        return self.hook.random_states() if self.is_scheduled else [GENERATORS.get()]
+
+    def go_on_from(self, random_states: list[Any]) -> None:
+        """A checkpoint of ``iteration`` has been loaded: losses and norms are those from there."""
+        self.losses, self.norms = [], []
+        self.read_from(self.iteration * self.job.micro_batches)
+        if self.is_scheduled:
+            self.hook.restart(self.iteration, random_states)
+        else:
+            GENERATORS.put(random_states[0])
 
     def read_from(self, micro_batch: int) -> None:
         """Let this replica's data begin there."""
@@ -92,7 +115,8 @@ class Trainer:
     def run(self, **more: Any) -> Any:
         """One call of the schedule."""
         arguments = dict(
-            forward_step_func=forward_step, data_iterator=self.data, model=[self.chunk],
+            forward_step_func=masked_forward_step if self.job.masked else forward_step,
+            data_iterator=self.data, model=[self.chunk],
             num_microbatches=self.job.micro_batches, seq_length=SEQUENCE, micro_batch_size=ROWS,
             decoder_seq_length=None, forward_only=False,
         )  # fmt: skip
@@ -109,7 +133,7 @@ class Trainer:
 
     def result(self) -> dict[str, Any]:
         """Everything that another run of the same job must equal, with nothing in flight."""
-        hook = self.hook if isinstance(self.function, ScheduledForwardBackward) else None
+        hook = self.hook if self.is_scheduled else None
         if hook is not None:
             hook.quiesce()
         return {
@@ -119,7 +143,7 @@ class Trainer:
             "shards": [getattr(each, "partition_dim", -1) for each in self.bare.parameters()],
             "losses": self.losses,
             "norms": self.norms,
-            "random": hook.random_states() if hook else [GENERATORS.get()],
+            "random": self.random_states(),
             "gap": hook.executor.largest_gap if hook else 0,
         }
 

@@ -1,0 +1,119 @@
+"""A run that is resumed, or handed to stock and back, goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from tests.processes import run_ranks
+
+from .checkpoints import FORMATS, load, save
+from .jobs import DISTRIBUTED, DROPOUT, Job
+from .oracle import assert_equals_oracle, oracle
+from .test_stock import FULL
+from .training import Trainer, assert_same
+
+HALF = 3
+JOBS = {
+    "1f1b": Job("1f1b", 3, 2, model=DROPOUT),
+    "paci": Job("paci", 3, 2, model=DROPOUT),
+    "paci, deep": Job("paci", 4, 1, model=DROPOUT),
+    "paci, recomputation": Job("paci", 3, 2, model={**DROPOUT, **FULL}),
+    "paci, bf16": Job("paci", 2, 2, bf16=True, model=DROPOUT),
+    "paci, distributed optimizer": Job("paci", 2, 2, data=2, clip=0.05, model=DROPOUT, **DISTRIBUTED),
+    "paci, tensor parallel": Job("paci", 2, 2, tensor=2, model={**DROPOUT, "attention_dropout": 0.1}),
+    "amdp": Job("amdp", 4, 4, model=DROPOUT),
+    "amdp, tied, clipping": Job("amdp", 4, 4, clip=0.05, tied=True, model=DROPOUT),
+    "amdp, bf16, distributed optimizer": Job("amdp", 4, 4, bf16=True, model=DROPOUT, **DISTRIBUTED),
+}
+
+
+def save_and_go_on(rank: int, job: Job, directory: Path, kind: str) -> dict[str, Any]:
+    """Train, save, train on with the same model."""
+    trainer = Trainer(rank, job)
+    trainer.train(HALF)
+    save(trainer, directory, kind)
+    trainer.losses, trainer.norms = [], []
+    trainer.train(HALF)
+    return trainer.result()
+
+
+def load_and_go_on(rank: int, job: Job, directory: Path, kind: str, used: bool) -> dict[str, Any]:
+    """Load at once, or when something else has been trained; train on with the data from there."""
+    trainer = Trainer(rank, job)
+    if used:
+        trainer.read_from(77)
+        trainer.train(2)
+    torch.manual_seed(999)
+    load(trainer, directory, kind)
+    assert trainer.iteration == HALF
+    trainer.train(HALF)
+    return trainer.result()
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        (case, kind)
+        for case, job in JOBS.items()
+        for kind in FORMATS
+        if kind == "torch_dist" or not job.distributed_optimizer
+    ],
+)
+def test_resumed_run_equals_the_one_that_went_on(case: str, kind: str, tmp_path: Path) -> None:
+    job = JOBS[case]
+    written = run_ranks(job.world, save_and_go_on, job, tmp_path, kind)
+    assert_same(run_ranks(job.world, load_and_go_on, job, tmp_path, kind, kind == "torch"), written)
+
+
+@pytest.mark.parametrize("case", ["paci", "amdp"])
+def test_saving_is_a_flush_to_the_oracle(case: str, tmp_path: Path) -> None:
+    """What was in flight is cancelled and forwarded anew, random numbers included."""
+    job = JOBS[case]
+    found = run_ranks(job.world, save_and_go_on, job, tmp_path, "torch")
+    expected = oracle(job, phases=[(HALF, job.micro_batches)] * 2)
+    assert_equals_oracle(found, {**expected, "losses": expected["losses"][HALF:]})
+
+
+def change_hands(rank: int, job: Job, second: Any, directory: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train and save, and hand the model over to ``second`` in this process; a fresh one of ``second`` that loads."""
+    trainer = Trainer(rank, job)
+    trainer.train(HALF)
+    save(trainer, directory, kind)
+    if trainer.is_scheduled:
+        trainer.hook.detach()
+    trainer.function, trainer.losses, trainer.norms = get_forward_backward_func(), [], []
+    fresh = Trainer(rank, replace(job, schedule=second))
+    load(fresh, directory, kind)
+    for left, right in zip(trainer.bare.parameters(), fresh.bare.parameters(), strict=True):
+        assert torch.equal(left, right)
+    if second is not None:
+        trainer.attach(second)
+    trainer.read_from(HALF * job.micro_batches)
+    results = []
+    for each in (trainer, fresh):
+        each.train(HALF)
+        results.append(copy.deepcopy(each.result()))
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize(("kind", "more"), [("torch", {}), ("torch_dist", DISTRIBUTED)], ids=FORMATS)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("paci", None), (None, "paci"), ("amdp", None), (None, "amdp"), ("amdp", "paci"), ("paci", "amdp")],
+)
+def test_schedules_load_each_other(
+    first: str | None, second: str | None, kind: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """``None`` is stock: weights and optimizer are those that were saved, and training goes on from them."""
+    stages = 4 if "amdp" in (first, second) else 2
+    job = Job(first, stages, 4, clip=0.05, **more)
+    found = run_ranks(stages, change_hands, job, second, tmp_path, kind)
+    kept, loaded = zip(*found, strict=True)
+    assert_same(list(loaded), list(kept))
