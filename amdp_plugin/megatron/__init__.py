@@ -20,15 +20,17 @@ def forward_backward_func(schedule: Any) -> ScheduledForwardBackward:
         losses = forward_backward(forward_step_func=..., ...)      # as Megatron's, then optimizer.step() as before
 
     Args:
-        schedule: a name, or an object with a ``"name"`` and options, as in a DeepSpeed configuration.
+        schedule: a name, or an object with a ``"name"`` and options, as in a DeepSpeed configuration; or what
+            ``arguments.read_flags`` found on a command line.
 
     Raises:
         ValueError: for an unknown schedule or option.
     """
-    from ..settings import read_schedule
+    from ..settings import ScheduleSettings, read_schedule
     from .hook import ScheduledForwardBackward
 
-    return ScheduledForwardBackward(read_schedule(schedule, f"the schedule {schedule!r}"))
+    read = isinstance(schedule, ScheduleSettings)
+    return ScheduledForwardBackward(schedule if read else read_schedule(schedule, f"the schedule {schedule!r}"))
 
 
 def patch() -> list[str]:
