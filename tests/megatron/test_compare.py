@@ -124,6 +124,24 @@ def check_events(record: RankRecord, measured: Run, job: Job) -> None:
     assert min(record.memory.weights, record.memory.gradients, record.memory.optimizer_state) > 0
 
 
+STOCK_EVENTS = {
+    0: "0F0 (1F0) 0F1 (0B0) 0B0 0F2 (0B1) 0B1 (0B2) 0B2 0U0 (0U0) 0U0 "
+    "0F3 (1F3) 0F4 (0B3) 0B3 0F5 (0B4) 0B4 (0B5) 0B5 0U1 (0U1) 0U1",
+    1: "(1F0) 1F0 1B0 (1F1) 1F1 1B1 (1F2) 1F2 1B2 (0B2) 1U0 (1U0) 1U0 "
+    "(1F3) 1F3 1B3 (1F4) 1F4 1B4 (1F5) 1F5 1B5 (0B5) 1U1 (1U1) 1U1",
+}
+"""Of two steps of three micro-batches, by stage; waits in brackets: for what comes in, or else until what was sent has
+left."""
+
+
+def test_events_of_stock(tmp_path: Path) -> None:
+    run_ranks(2, recorded, Job(None, micro_batches=3), tmp_path)
+    for record in read_records(tmp_path):
+        names = [event.name if event.phase == RUN else f"({event.name})" for event in record.events]
+        expected = STOCK_EVENTS[record.stage].split()
+        assert names[: len(expected)] == expected
+
+
 def check_messages(measured: Run) -> None:
     """A wait ends after what it waits for has been done, on one clock."""
     messages = list(measured.messages())
@@ -136,7 +154,7 @@ def test_memory_is_stocks(tmp_path: Path) -> None:
     """A rank keeps for training what it keeps under stock, but for the guests that it has."""
     kept = {}
     for schedule in (None, "paci", "amdp"):
-        job, directory = Job(schedule, pipeline=4), tmp_path / str(schedule)
+        job, directory = Job(schedule, pipeline=4, bf16=True), tmp_path / str(schedule)
         run_ranks(job.world, recorded, job, directory)
         kept[schedule] = [record.memory for record in read_records(directory)]
     for stock, paci, amdp in zip(kept[None], kept["paci"], kept["amdp"], strict=True):
@@ -144,11 +162,11 @@ def test_memory_is_stocks(tmp_path: Path) -> None:
         assert (stock.weights, stock.gradients, stock.optimizer_state, stock.exchange) == (
             paci.weights, paci.gradients, paci.optimizer_state, paci.exchange
         )  # fmt: skip
-        assert stock.weights == stock.gradients  # all in float32, by Megatron's DDP in one buffer
         assert amdp.optimizer_state == stock.optimizer_state
         assert amdp.exchange > 0 == stock.exchange
-    weights = [[memory.weights for memory in of if memory] for of in kept.values()]
-    assert weights[2] == [each + weights[0][3 - rank] for rank, each in enumerate(weights[0])]
+    for what in ("weights", "gradients"):
+        stock_sizes, amdp_sizes = ([getattr(memory, what) for memory in kept[name]] for name in (None, "amdp"))
+        assert amdp_sizes == [each + guest for each, guest in zip(stock_sizes, reversed(stock_sizes), strict=True)]
 
 
 def interleaved(rank: int) -> None:
