@@ -245,6 +245,7 @@ class ScheduledForwardBackward:
         check_homes(schedule)
         check_options(self.settings, schedule, [self._config, self._chunk.ddp_config, self._optimizer.config])
         check_common_decisions(self.settings, schedule, self._tied, self._fp16)
+        self.settings.costs(self._num_stages)
         return schedule
 
     def _site(self) -> Site:

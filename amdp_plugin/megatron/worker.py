@@ -79,7 +79,7 @@ class ChunksWorker(StagesWorker):
     ) -> None:
         super().__init__(pipeline.schedule, pipeline.feed, pipeline.random_streams, pipeline.losses, pipeline.replicas)
         self._chunks, self._home, self._steps, self._call, self._report = chunks, home, steps, call, report
-        self._config = get_model_config(chunks[home])
+        self._config, self._watch = get_model_config(chunks[home]), pipeline.watch
         self._in_flight: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._backward_step = partial(
             schedules.backward_step, **accepted(schedules.backward_step, model_type=get_model_type(chunks[home]))
@@ -97,7 +97,8 @@ class ChunksWorker(StagesWorker):
         if group.size() == 1:
             return exists
         answer = torch.tensor(int(exists), device=next(self._chunks[self._home].parameters()).device)
-        dist.broadcast(answer, parallel_state.get_tensor_model_parallel_src_rank(), group=group)
+        with self._watch.guard("a collective", None):
+            dist.broadcast(answer, parallel_state.get_tensor_model_parallel_src_rank(), group=group)
         return bool(answer.item())
 
     def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ..plan.action import BACKWARD, FORWARD, REDUCE, Action
@@ -263,7 +264,7 @@ class Executor:
         inputs = self._receive(stage - 1, action) if stage > 0 else None
         self._settle(stage)
         self._take_snapshot(action, window, direction)
-        with self.timeline.span(str(action)):
+        with self._computing(action):
             outputs = self._worker.forward(action, inputs)
         self._in_flight[action] = self.versions[stage]
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
@@ -274,7 +275,7 @@ class Executor:
         stage, _, micro_batch = action
         gradients = self._receive(stage + 1, action) if stage < self._last_stage else None
         self._settle(stage)
-        with self.timeline.span(str(action)):
+        with self._computing(action):
             input_gradients = self._worker.backward(action, gradients)
         gap = self.versions[stage] - self._in_flight.pop(Action(stage, FORWARD, micro_batch))
         self.largest_gap = max(self.largest_gap, gap)
@@ -300,12 +301,18 @@ class Executor:
     def _update(self, action: Action) -> None:
         home, *guests = self.schedule.placement.holders[action.stage]
         if self.rank == home:
-            with self.timeline.span(str(action)), self._watch.guard("a collective", action):
+            with self._computing(action):
                 self._worker.update(action)
         if guests:
             assert self._exchange is not None
             self._exchange.send_weights(action) if self.rank == home else self._exchange.receive_weights(action)
         self.versions[action.stage] += 1
+
+    @contextmanager
+    def _computing(self, action: Action) -> Iterator[None]:
+        """The host's own collectives may be in it, between the ranks of a stage or of all stages."""
+        with self.timeline.span(str(action)), self._watch.guard("a collective", action):
+            yield
 
     def _settle(self, stage: int) -> None:
         if self._exchange is not None:

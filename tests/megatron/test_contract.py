@@ -124,6 +124,22 @@ def test_data_that_is_missing_is_named() -> None:
     assert "receiving a header with rank 0" in second
 
 
+def train_with_a_plain_provider(rank: int, job: Job) -> dict[str, Any]:
+    """One that takes nothing but where a stage stands."""
+
+    def provider(pre_process: bool, post_process: bool) -> Any:
+        return job.provider(pre_process, post_process)
+
+    trainer = Trainer(rank, job, model_provider=provider)
+    trainer.train(4)
+    return trainer.result()
+
+
+def test_provider_may_be_of_two_arguments() -> None:
+    """Guests are built as other ranks' stages all the same."""
+    assert_equals_oracle(run_ranks(AMDP.world, train_with_a_plain_provider, AMDP), oracle(AMDP))
+
+
 # What changes from call to call
 
 

@@ -69,7 +69,8 @@ class Trainer:
     def attach(self, schedule: Any, **more: Any) -> None:
         """Train under ``schedule`` from now on."""
         self.function = forward_backward_func(schedule)
-        self.function.attach([self.chunk], self.optimizer, self.job.provider, iteration=self.iteration, **more)
+        chosen = {"model_provider": self.job.provider, "iteration": self.iteration, **more}
+        self.function.attach([self.chunk], self.optimizer, **chosen)
 
     @property
     def is_scheduled(self) -> bool:
@@ -105,8 +106,7 @@ class Trainer:
             self.optimizer.zero_grad()
             reported = self.run(**more)
             success, norm, _ = self.optimizer.step()
-            assert success
-            self.norms.append(norm)
+            self.norms.append(norm if success else None)
             self.iteration += 1
             assert self.is_last or reported == []
             if self.is_last:
