@@ -4,9 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
 from megatron_model import Trained
 
 LATEST = "latest"
@@ -40,11 +42,30 @@ def load(directory: Path, trained: Trained) -> tuple[int, list[Any]]:
     latest = directory / LATEST
     if not latest.is_file():
         raise ValueError(f"--resume: no checkpoint in {directory}")
+    if trained.optimizer.config.use_distributed_optimizer:
+        trained.optimizer.step()  # it cannot tell what it would load before it has made a step, of gradients of 0
     found = dist_checkpointing.load(state_of(trained), str(directory / latest.read_text().strip()))
     trained.model.load_state_dict(found["model"])
-    trained.optimizer.load_state_dict(found["optimizer"])
+    with torch.no_grad():  # of the distributed optimizer, parts in float32 are views of the weights
+        trained.optimizer.load_state_dict(found["optimizer"])
+    separate_step_counts(trained.optimizer)
     trained.scheduler.load_state_dict(found["scheduler"])
     return found["step"], found["random_states"]
+
+
+def separate_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own count of steps, as torch's Adam has it.
+
+    The distributed optimizer loads the count as Apex's has it: one in each group, which all parameters would advance.
+    """
+    if not optimizer.config.use_distributed_optimizer:
+        return
+    for member in optimizer.chained_optimizers:
+        for group in member.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = member.optimizer.state[parameter]
+                if "step" in state:
+                    state["step"] = torch.tensor(float(group["step"]))
 
 
 def state_of(trained: Trained, step: int | None = None, random_states: list[Any] | None = None) -> dict[str, Any]:
