@@ -102,6 +102,7 @@ class Output:
         if self._progress is None:
             path = self._directory / f"{PROGRESS}{recorder.rank}"
             self._progress = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._written = time.monotonic()  # a slow start is no reason to write
         os.write(self._progress, b".")
         self._latest = recorder
         if time.monotonic() - self._written > WRITE_EVERY_SECONDS:

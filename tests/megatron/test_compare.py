@@ -192,7 +192,7 @@ def test_mean_loss() -> None:
     assert float(mean_loss(counted) or 0) == 11 / 4
 
 
-def compare(*arguments: str | Path) -> int:
+def compare(*arguments: object) -> int:
     return main(["compare", "--host", "megatron", *map(str, arguments)])
 
 
