@@ -97,12 +97,13 @@ def join(shards: list[dict[str, Tensor]]) -> list[Tensor]:
 
 
 def train(rank: int, job: Job) -> dict[str, Any]:
-    """Train on two ranks a stage."""
+    """Train on two ranks a stage and replica: neighbours, those of the stages' replicas one after the other."""
     deepspeed.init_distributed("gloo")
-    groups = [dist.new_group([TENSOR_PARALLEL * s + r for r in range(TENSOR_PARALLEL)]) for s in range(job.stages)]
-    stage, shard = divmod(rank, TENSOR_PARALLEL)
-    topology = PipeModelDataParallelTopology(num_pp=job.stages, num_mp=TENSOR_PARALLEL, num_dp=1)
-    layers = [Shard(whole, shard, groups[stage]) for whole in whole_layers(job.stages)]
+    pairs = job.stages * job.replicas
+    groups = [dist.new_group([TENSOR_PARALLEL * pair + r for r in range(TENSOR_PARALLEL)]) for pair in range(pairs)]
+    pair, shard = divmod(rank, TENSOR_PARALLEL)
+    topology = PipeModelDataParallelTopology(num_pp=job.stages, num_mp=TENSOR_PARALLEL, num_dp=job.replicas)
+    layers = [Shard(whole, shard, groups[pair]) for whole in whole_layers(job.stages)]
     module = PipelineModule(layers, topology=topology, loss_fn=loss, partition_method="uniform")
     optimizer = OPTIMIZERS[str(job.optimizer)](list(module.parameters()))
     engine, *_ = amdp_plugin.initialize(model=module, config=configuration(job), optimizer=optimizer)

@@ -109,23 +109,34 @@ def clip(norm: float) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "clipping"), [("paci", 2, 0.0), ("paci", 2, 0.05), ("amdp", 4, 0.0), ("amdp", 4, 0.05)]
+    ("name", "stages", "replicas", "config"),
+    [
+        ("paci", 2, 1, {}),
+        ("paci", 2, 1, CLIPPED),
+        ("amdp", 4, 1, {}),
+        ("amdp", 4, 1, CLIPPED),
+        ("paci", 2, 2, {}),
+        ("paci", 2, 2, {**ZERO, **CLIPPED}),
+    ],
 )
-def test_tensor_parallel_equals_the_whole(name: str, stages: int, clipping: float) -> None:
-    """Stages of two ranks train what as many whole stages train, but for rounding."""
-    job = Job(name, stages, stages, config={"gradient_clipping": clipping})
-    found = run_ranks(2 * stages, tensor_parallel.train, job)
+def test_tensor_parallel_equals_the_whole(name: str, stages: int, replicas: int, config: dict[str, Any]) -> None:
+    """Stages of two ranks, and two replicas of each, train what as many whole stages train, but for rounding."""
+    job = Job(name, stages, stages, config=config, replicas=replicas)
+    clipping = config.get("gradient_clipping", 0.0)
+    ranks = 2 * replicas
+    found = run_ranks(ranks * stages, tensor_parallel.train, job)
     options = {"updates": "together"} if name == "amdp" and clipping else {}
     schedules = {name: make(name, stages, job.size, **options), "1f1b": make("1f1b", stages, job.size)}
     for other, schedule in schedules.items():
         whole = tensor_parallel.whole_layers(stages)
         pipeline = SerialPipeline(whole, OPTIMIZERS["sgd"], loss, schedule, before_step=clip(clipping))
-        losses = pipeline.train(data(), job.windows)
+        losses = pipeline.train(both_replicas(job), job.windows)
         error = max(
             float((value - expected).abs().max())
             for stage in range(job.stages)
+            for pair in range(ranks * stage, ranks * (stage + 1), 2)
             for value, expected in zip(
-                tensor_parallel.join([result["weights"][stage] for result in found[2 * stage : 2 * stage + 2]]),
+                tensor_parallel.join([result["weights"][stage] for result in found[pair : pair + 2]]),
                 whole[stage].state_dict().values(),
                 strict=True,
             )

@@ -149,9 +149,9 @@ class MarkedNorm(nn.LayerNorm):
 
 def run_model(model: Any, tokens: Tensor | None, labels: Tensor | None) -> Tensor:
     """One stage; ``tokens`` and ``labels`` [rows, length] are those that it needs."""
-    length = next((given.shape[1] for given in (tokens, labels) if given is not None), SEQUENCE)
+    rows, length = next((given.shape for given in (tokens, labels) if given is not None), (ROWS, SEQUENCE))
     mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), 1)
-    output: Tensor = model(tokens, torch.arange(length).expand(ROWS, -1), mask, labels=labels)
+    output: Tensor = model(tokens, torch.arange(length).expand(rows, -1), mask, labels=labels)
     return output
 
 

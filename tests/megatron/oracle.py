@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,7 +86,7 @@ def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any) -> dict[st
         master_dtype=torch.float32 if job.bf16 else None,
         before_step=before_step,
     )
-    batches, losses = job.batches(), []
+    batches, losses = all_replicas(job), []
     for iterations, size in phases:
         if size != pipeline.schedule.micro_batches:
             pipeline.schedule = settings.make(job.pipeline, size, meet)
@@ -111,6 +111,15 @@ def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any) -> dict[st
             for rank in ranks
         ],
     }
+
+
+def all_replicas(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
+    """Micro-batches with the rows of all data-parallel replicas, in one process."""
+    if job.alike:
+        yield from job.batches()
+    for parts in zip(*(job.batches(replica=replica) for replica in range(job.data)), strict=True):
+        tokens, labels = zip(*parts, strict=True)
+        yield torch.cat(tokens), torch.cat(labels)
 
 
 def nothing(parameters: Any) -> None:

@@ -138,6 +138,7 @@ class Trainer:
             hook.quiesce()
         return {
             "stage": self.stage,
+            "replica": parallel_state.get_data_parallel_rank(),
             "weights": {self.stage: copies(self.bare)},
             "guests": {stage: copies(guest) for stage, guest in (hook.guests if hook else {}).items()},
             "shards": [getattr(each, "partition_dim", -1) for each in self.bare.parameters()],
