@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class OracleStage(nn.Module):
 
     def __deepcopy__(self, memo: Any) -> OracleStage:
         """Megatron's modules hold process groups, which cannot be copied."""
-        built = OracleStage(self.job, self.stage)
+        built = type(self)(self.job, self.stage)
         built.load_state_dict(self.state_dict())
         return built
 
@@ -59,26 +60,26 @@ def oracle_loss(output: tuple[OracleStage, Tensor], labels: Tensor) -> Tensor:
     return report(losses)[0]
 
 
+def make_adam(job: Job, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """As Megatron's, without the scheduler that would take the decay from biases and norms."""
+    chosen = job.optimizer_config()
+    betas = chosen.adam_beta1, chosen.adam_beta2
+    return torch.optim.AdamW(
+        parameters, lr=chosen.lr, betas=betas, eps=chosen.adam_eps, weight_decay=chosen.weight_decay
+    )
+
+
 def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any) -> dict[str, Any]:
     initialize(replace(job, pipeline=1, tensor=1))
     settings = read_schedule(job.schedule, "the test")
     meet = job.clip > 0 or job.tied
     schedule = settings.make(job.pipeline, job.micro_batches, meet)
-    chosen = job.optimizer_config()
-
-    def make_adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """As Megatron's, without the scheduler that would take the decay from biases and norms."""
-        betas = chosen.adam_beta1, chosen.adam_beta2
-        return torch.optim.AdamW(
-            parameters, lr=chosen.lr, betas=betas, eps=chosen.adam_eps, weight_decay=chosen.weight_decay
-        )
-
     stages = [OracleStage(job, stage) for stage in range(job.pipeline)]
     if job.tied:  # Megatron lets the last stage take it from the first when it builds them
         stages[-1].module.output_layer.weight.data.copy_(stages[0].module.embedding.word_embeddings.weight)
     pipeline = SerialPipeline(
         stages,
-        make_adam,
+        partial(make_adam, job),
         oracle_loss,
         schedule,
         costs=settings.costs(job.pipeline),

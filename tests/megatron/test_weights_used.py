@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tests.processes import run_ranks
 
-from .jobs import DISTRIBUTED, VOCABULARY, WEIGHT_DECAY, Job
-from .oracle import assert_equals_oracle, oracle
+from .jobs import DISTRIBUTED, VOCABULARY, Job
+from .oracle import assert_equals_oracle, make_adam, oracle
 from .test_stock import FULL
 from .training import Trainer, assert_same, copies
 
@@ -93,8 +93,7 @@ def by_hand(first: Weights, job: Job, latest: bool) -> Weights:
     """``STEPS`` updates of paci with two stages and windows of one: the first stage forwards micro-batch ``m`` with
     version ``max(0, m - 1)``, and backwards it when it has version ``m``."""
     masters = [torch.nn.Parameter(weight.float().clone()) for weight in first]
-    chosen = job.optimizer_config()
-    adam = torch.optim.AdamW(masters, lr=chosen.lr, betas=(0.9, 0.95), eps=chosen.adam_eps, weight_decay=WEIGHT_DECAY)
+    adam = make_adam(job, masters)
     versions = [first]
     for m, (tokens, _) in enumerate(islice(job.batches(), STEPS)):
         seen, now = versions[max(0, m - 1)], versions[m]
