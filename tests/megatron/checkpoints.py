@@ -20,7 +20,6 @@ from amdp_plugin.megatron.optimizer import members
 
 from .training import Trainer
 
-FORMATS = ("torch", "torch_dist")
 LAYOUT = {"distrib_optim_sharding_type": "dp_reshardable"}
 """Of the distributed optimizer's state: as it is in memory."""
 

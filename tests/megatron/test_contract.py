@@ -38,7 +38,7 @@ def describe(value: Any) -> str | None:
 def evaluate_in_between(rank: int, job: Job, often: bool) -> tuple[dict[str, Any], list[list[float]]]:
     trainer = Trainer(rank, job)
     trainer.train(3)
-    found = [trainer.evaluate(first) for first in ((500, 600) if often else ())]
+    found = [trainer.evaluate(500) for _ in range(2 if often else 0)]
     trainer.train(3)
     found += [trainer.evaluate(500)] if often else []
     return trainer.result(), found
@@ -59,9 +59,9 @@ def test_evaluation_changes_nothing(job: Job) -> None:
     found, evaluations = zip(*run_ranks(job.world, evaluate_in_between, job, True), strict=True)
     plainly, _ = zip(*run_ranks(job.world, evaluate_in_between, job, False), strict=True)
     assert_same(list(found), list(plainly))
-    expected = [run_ranks(job.world, evaluate_with_stock, job, *at) for at in ((3, 500), (3, 600), (6, 500))]
-    assert evaluations[-1] == [values[-1] for values in expected]
-    assert len(expected[0][-1]) == job.micro_batches and all(expected[0][-1])
+    early, late = (run_ranks(job.world, evaluate_with_stock, job, count, 500)[-1] for count in (3, 6))
+    assert evaluations[-1] == [early, early, late]
+    assert len(early) == job.micro_batches and all(early) and early != late
     assert not any(any(values) for values in evaluations[:-1])
 
 
@@ -236,8 +236,11 @@ def train_until_the_end(rank: int, job: Job, counts: list[int], timed: bool) -> 
     return trainer.result()
 
 
-@pytest.mark.parametrize("timed", [False, True])
-@by_name
+@pytest.mark.parametrize(
+    ("job", "timed"),
+    [(PACI, False), (PACI, True), (AMDP, False), (FLUSHED, False)],
+    ids=["paci", "timed", "amdp", "1f1b"],
+)
 def test_data_ends_and_goes_on(job: Job, timed: bool) -> None:
     """Within a window: every rank says so at the same call, and what is left comes first when there is more."""
     size = job.micro_batches
@@ -256,7 +259,7 @@ def train_with_timers(rank: int, job: Job) -> tuple[dict[str, Any], dict[str, fl
     return trainer.result(), seconds, trainer.config.barrier_with_L1_time
 
 
-@by_name
+@pytest.mark.parametrize("job", [PACI, FLUSHED], ids=describe)
 def test_timers(job: Job) -> None:
     """Those of stock Megatron, without their barriers where stages do not wait for each other."""
     found, seconds, barriers = zip(*run_ranks(job.world, train_with_timers, job), strict=True)
