@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.timers import Timers
 
@@ -17,6 +18,7 @@ from tests.processes import run_ranks
 
 from .jobs import DROPOUT, Job
 from .oracle import assert_equals_oracle, oracle
+from .test_stock import OVERLAP
 from .training import Trainer, assert_same, run
 
 PACI, AMDP = Job("paci", 3, 2, model=DROPOUT), Job("amdp", 4, 4, model=DROPOUT)
@@ -270,6 +272,27 @@ def test_timers(job: Job) -> None:
         assert all(ours.values())
         assert ours["forward-compute"] + ours["backward-compute"] < ours["forward-backward"]
     assert set(barriers) == {job is FLUSHED}
+
+
+def train_overlapped(rank: int, job: Job) -> list[bool]:
+    """Whether the reductions over replicas are under way when gradients are finalized, of every update but the first,
+    in which Megatron learns what is to come."""
+    trainer, begun = Trainer(rank, job), []
+
+    def finalize(*given: Any, **more: Any) -> None:
+        begun.append(all(group.grad_reduce_handle is not None for group in trainer.chunk.bucket_groups))
+        finalize_model_grads(*given, **more)
+
+    trainer.config.finalize_model_grads_func = finalize
+    trainer.train(3)
+    return begun[1:]
+
+
+@pytest.mark.parametrize(("name", "stages"), [(None, 2), ("1f1b", 2), ("paci", 2), ("amdp", 4)])
+def test_reductions_overlap(name: str | None, stages: int) -> None:
+    """As in stock, within the last backward; with guests, before the gradients are finalized."""
+    job = Job(name, stages, data=2, ddp=OVERLAP)
+    assert run_ranks(job.world, train_overlapped, job) == [[True] * 2] * job.world
 
 
 def train_and_detach(rank: int, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
