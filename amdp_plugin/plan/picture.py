@@ -10,7 +10,7 @@ from .action import BACKWARD, FORWARD, REDUCE, UPDATE
 from .costs import TICKS_PER_SECOND
 from .placement import Placement
 from .report import Report
-from .simulate import Timing
+from .timing import Timing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

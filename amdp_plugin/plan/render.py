@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd
-from typing import TYPE_CHECKING
 
 from .action import BACKWARD, FORWARD, UPDATE
 from .program import Program, Row
-
-if TYPE_CHECKING:
-    from .simulate import Timing
+from .timing import Timing
 
 STEPS_AROUND = 6
 RANKS_AROUND = 4

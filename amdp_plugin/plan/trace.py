@@ -8,7 +8,8 @@ from typing import Any
 
 from .action import UPDATE
 from .schedule import Place
-from .simulate import Span, Timing, in_flight
+from .simulate import in_flight
+from .timing import Span, Timing
 
 TICKS_PER_MICROSECOND = 1000
 CATEGORIES = {"F": "forward", "B": "backward", "R": "reduce", "U": "update"}
