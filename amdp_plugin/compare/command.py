@@ -55,6 +55,7 @@ def compare(
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = DEFAULT_STEPS,
     steps_flag: Annotated[str, typer.Option(help="What the script calls them: train-iters in Megatron-LM.")] = "steps",
+    turns: Annotated[int, typer.Option(help="How often all run, one after another; figures are medians.")] = 1,
     output: Annotated[Path, typer.Option(help="Folder for the table, the picture and the trace.")] = Path("comparison"),
     script_arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[-- ARGUMENT ...]", help="More arguments for the script.")
@@ -63,6 +64,8 @@ def compare(
     """Train one model in several ways in turn, and compare speed, waiting and loss with the host's own schedule."""
     if nproc < 1:
         raise ValueError(f"--nproc is at least 1, got {nproc}")
+    if turns < 1:
+        raise ValueError(f"--turns is at least 1, got {turns}")
     if steps < LEAST_STEPS:
         raise ValueError(f"--steps is at least {LEAST_STEPS}, got {steps}")
     from .hosts import HOSTS
@@ -76,7 +79,7 @@ def compare(
             raise ValueError(f"--host {host.value} {what} {option}")
     candidates = [chosen.candidate(value) for value in configs or schedules or ()]
     flag = f"--{steps_flag.removeprefix('--')}"
-    job = Job(chosen.launcher, _find(script or chosen.script), script_arguments or [], nproc, steps, flag)
+    job = Job(chosen.launcher, _find(script or chosen.script), script_arguments or [], nproc, steps, flag, turns)
     try:
         table = run(candidates, job, output)
     except JobFailed as error:

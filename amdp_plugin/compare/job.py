@@ -47,6 +47,7 @@ class Job:
         processes: ranks on this machine.
         steps: optimizer steps.
         steps_flag: of the script, which takes their number.
+        turns: how often every candidate runs, one after another in each turn.
     """
 
     launcher: str
@@ -55,6 +56,7 @@ class Job:
     processes: int
     steps: int
     steps_flag: str = "--steps"
+    turns: int = 1
 
     def command(self, candidate: Candidate, directory: Path) -> list[str]:
         """The command line that runs ``candidate`` and records it in ``directory``."""
@@ -68,7 +70,8 @@ def compare(candidates: Sequence[Candidate], job: Job, output: Path) -> str:
     """Run ``job`` for every candidate and write the comparison to ``output``.
 
     ``table.md``, ``result.json``, ``comparison.png``, ``comparison.trace.json`` (for ui.perfetto.dev) and, for every
-    candidate, ``runs/NAME/`` with the log and the records of all ranks.
+    candidate, ``runs/NAME/`` with the log and the records of all ranks (``runs/NAME/turnK/`` where there are several
+    turns). Figures are medians over the turns; losses, picture and trace are the last turn's.
 
     Returns:
         The table, in Markdown.
@@ -79,22 +82,31 @@ def compare(candidates: Sequence[Candidate], job: Job, output: Path) -> str:
     """
     _check(candidates, job)
     output.mkdir(parents=True, exist_ok=True)
-    runs = []
-    for number, candidate in enumerate(candidates, start=1):
-        directory = output / "runs" / candidate.name
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        others = _run(job, candidate, directory, f"[{number}/{len(candidates)}] {candidate.name}")
-        runs.append(Run(candidate.name, read_records(directory), others))
-    return write(runs, output, {"steps": job.steps, "processes": job.processes, "script": str(job.script)})
+    for candidate in candidates:
+        shutil.rmtree(output / "runs" / candidate.name, ignore_errors=True)
+    turns = [
+        [_run_once(job, candidates, number, turn, output) for number in range(len(candidates))]
+        for turn in range(job.turns)
+    ]
+    about = {"steps": job.steps, "turns": job.turns, "processes": job.processes, "script": str(job.script)}
+    return write(turns, output, about)
 
 
-def write(runs: Sequence[Run], output: Path, about: dict[str, Any]) -> str:
-    """Write the comparison of recorded ``runs``. Returns the table."""
+def _run_once(job: Job, candidates: Sequence[Candidate], number: int, turn: int, output: Path) -> Run:
+    candidate = candidates[number]
+    directory = output / "runs" / candidate.name / (f"turn{turn + 1}" if job.turns > 1 else "")
+    directory.mkdir(parents=True)
+    title = f"[{turn * len(candidates) + number + 1}/{job.turns * len(candidates)}] {candidate.name}"
+    others = _run(job, candidate, directory, title)
+    return Run(candidate.name, read_records(directory), others)
+
+
+def write(turns: Sequence[Sequence[Run]], output: Path, about: dict[str, Any]) -> str:
+    """Write the comparison of the runs recorded in ``turns``, each of the same candidates. Returns the table."""
     from .picture import picture
     from .trace import trace
 
-    found = rows(runs)
+    found, runs = rows(turns), turns[-1]
     text = table(found)
     (output / "table.md").write_text(text, encoding="utf-8")
     (output / "comparison.png").write_bytes(picture(runs))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isclose
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from ..plan.costs import CostModel
@@ -35,9 +35,11 @@ class Row:
     """One configuration's figures; see :class:`~.measured.Run`.
 
     Args:
+        turns: how often it was run; times, shares and ratios are medians over them, ratios being taken within a turn.
         ratio: how many times the samples a second of the baseline.
         predicted_ratio: the same, predicted from what actions and messages took in the baseline's run.
         predicted_seconds_per_step: what that prediction is, in seconds.
+        ratio_by_turn: what ``ratio`` is the median of.
         measured_options: what to tell a schedule so that its program is made for what was measured in this run.
     """
 
@@ -47,6 +49,7 @@ class Row:
     baseline: str
     steps: int
     warm_steps: int
+    turns: int
     stages: int
     ranks: int
     micro_batches: int
@@ -54,6 +57,7 @@ class Row:
     tokens_per_second: float | None
     samples_per_second: float
     ratio: float
+    ratio_by_turn: list[float]
     predicted_ratio: float
     predicted_seconds_per_step: float
     measured_options: dict[str, Any]
@@ -68,10 +72,42 @@ class Row:
     others_cores: float | None
 
 
-def rows(runs: Sequence[Run]) -> list[Row]:
-    """The figures of all runs, beside the first one of a stock host, or the first one where none is."""
-    baseline = next((run for run in runs if run.first.engine == STOCK), runs[0])
-    return [_row(run, baseline) for run in runs]
+def rows(turns: Sequence[Sequence[Run]]) -> list[Row]:
+    """The figures of all runs, beside the first one of a stock host, or the first one where none is.
+
+    Args:
+        turns: in each, one run of every configuration, in one order.
+    """
+    of_turns = []
+    for runs in turns:
+        baseline = next((run for run in runs if run.first.engine == STOCK), runs[0])
+        of_turns.append([_row(run, baseline) for run in runs])
+    return [_medians(of_configuration) for of_configuration in zip(*of_turns, strict=True)]
+
+
+def _medians(found: Sequence[Row]) -> Row:
+    """One row of the same configuration's in several turns. What does not depend on time is the last turn's."""
+    last = found[-1]
+    tokens = [row.tokens_per_second for row in found if row.tokens_per_second is not None]
+    others = [row.others_cores for row in found if row.others_cores is not None]
+    return replace(
+        last,
+        turns=len(found),
+        seconds_per_step=median(row.seconds_per_step for row in found),
+        tokens_per_second=median(tokens) if tokens else None,
+        samples_per_second=median(row.samples_per_second for row in found),
+        ratio=median(row.ratio for row in found),
+        ratio_by_turn=[row.ratio for row in found],
+        predicted_ratio=median(row.predicted_ratio for row in found),
+        predicted_seconds_per_step=median(row.predicted_seconds_per_step for row in found),
+        waiting_share_by_rank=_by_rank([row.waiting_share_by_rank for row in found]),
+        running_share_by_rank=_by_rank([row.running_share_by_rank for row in found]),
+        others_cores=max(others, default=None),
+    )
+
+
+def _by_rank(shares: Sequence[Sequence[float]]) -> list[float]:
+    return [median(of_rank) for of_rank in zip(*shares, strict=True)]
 
 
 def _row(run: Run, baseline: Run) -> Row:
@@ -88,13 +124,15 @@ def _row(run: Run, baseline: Run) -> Row:
         baseline=baseline.name,
         steps=len(first.steps),
         warm_steps=min(map(len, run.intervals)),
+        turns=1,
         stages=first.stages,
         ranks=len(run.records),
         micro_batches=first.micro_batches,
         seconds_per_step=run.seconds_per_step,
         tokens_per_second=run.tokens_per_second,
         samples_per_second=run.samples_per_second,
-        ratio=run.samples_per_second / baseline.samples_per_second,
+        ratio=(ratio := run.samples_per_second / baseline.samples_per_second),
+        ratio_by_turn=[ratio],
         predicted_ratio=predicted_ratio,
         predicted_seconds_per_step=predicted,
         measured_options=_options(run.costs()),
@@ -195,6 +233,7 @@ def _notes(found: Sequence[Row], memory: bool) -> list[str]:
     return [
         f"{row.stages} stages on {row.ranks} ranks, windows of {windows} micro-batches, {row.steps} steps.",
         "",
+        *_spread(found),
         f"- s/step: median time from the end of one training step to the end of the next, on the slowest rank, without "
         f"the first {WARM_UP_STEPS} steps; where a schedule repeats only after several steps, a step's part of that "
         "many. It holds the script's own work between steps (data, progress), but not evaluations and checkpoints. "
@@ -208,6 +247,16 @@ def _notes(found: Sequence[Row], memory: bool) -> list[str]:
         *([MEMORY_NOTE] if memory else []),
         f"- train loss: mean of the last {LAST_LOSSES} steps. {_first_losses(found)}",
         *_disturbances(found),
+    ]
+
+
+def _spread(found: Sequence[Row]) -> list[str]:
+    """How far turns differ, where there are several."""
+    if found[0].turns == 1:
+        return []
+    ranges = ", ".join(f"{row.name} {min(row.ratio_by_turn):.3f} to {max(row.ratio_by_turn):.3f}" for row in found)
+    return [
+        f"- medians of {found[0].turns} turns, in each of which all ran one after another. ratio by turn: {ranges}."
     ]
 
 

@@ -199,17 +199,48 @@ def test_what_is_shown_of_ranks_with_several_stages() -> None:
     """The table fits into 120 columns, with the memory of the fullest rank; the trace names all stages of a rank."""
     run = as_if_recorded(make("amdp", 4, 4))
     without = Run("old", [replace(record, memory=None) for record in run.records])
-    text = table(rows([run, without]))
+    text = table(rows([[run, without]]))
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert max(map(len, lines)) <= 120
     assert [cell.strip() for cell in lines[-1].strip("|").split("|")] == [
         "synthetic (amdp_plugin amdp)", "7.81 KiB", "3.91 KiB", "23.44 KiB", "500 B", "35.64 KiB", "3.00 GiB",
     ]  # fmt: skip
-    assert "memory" not in table(rows([without]))
+    assert "memory" not in table(rows([[without]]))
     assert picture([run, without]).startswith(b"\x89PNG") and picture([without]).startswith(b"\x89PNG")
     tracks = [event for event in json.loads(trace([run]))["traceEvents"] if event["name"] == "thread_name"]
     names = [event["args"]["name"] for event in tracks]
     assert names == ["rank 0, stage 0 3", "rank 1, stage 1 2", "rank 2, stage 1 2", "rank 3, stage 0 3"]
+
+
+def slowed(run: Run, name: str, factor: float) -> Run:
+    """The same, but that everything took ``factor`` times as long."""
+
+    def steps(record: RankRecord) -> list[Step]:
+        return [replace(step, start=step.start * factor, end=step.end * factor) for step in record.steps]
+
+    def events(record: RankRecord) -> list[Event]:
+        return [event._replace(start=event.start * factor, end=event.end * factor) for event in record.events]
+
+    records = [replace(record, steps=steps(record), events=events(record)) for record in run.records]
+    return Run(name, records)
+
+
+def test_several_turns_show_their_medians() -> None:
+    """Ratios are taken within a turn: a pace of the machine that changes from turn to turn does not change them."""
+    run = as_if_recorded(make("paci", 4, 4))
+    paces, speeds = (1, 5, 2), (1.5, 1.25, 1.0)
+    turns = [
+        [slowed(run, "slow", pace), slowed(run, "fast", pace / speed)]
+        for pace, speed in zip(paces, speeds, strict=True)
+    ]
+    slow, fast = rows(turns)
+    assert slow.seconds_per_step == pytest.approx(2 * run.seconds_per_step)
+    assert fast.ratio_by_turn == pytest.approx(speeds) and fast.ratio == pytest.approx(1.25)
+    assert slow.turns == 3 and slow.predicted_ratio == pytest.approx(1)
+    assert slow.predicted_seconds_per_step == pytest.approx(slow.seconds_per_step)
+    assert slow.waiting_share_by_rank == pytest.approx(run.waiting_share_by_rank)
+    text = table([slow, fast])
+    assert "medians of 3 turns" in text and "fast 1.000 to 1.500" in text and "turns" not in table(rows(turns[:1]))
 
 
 def test_a_job_that_fails_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
