@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..plan.action import Action
 from ..plan.costs import CostModel
+from ..plan.devices import RECEIVE_BUFFERS, gradient_buffers
 from ..plan.planner import Planner
 from ..plan.report import Report, report
 from ..plan.schedule import Schedule
@@ -122,7 +123,9 @@ class Pipeline:
             placement = self.schedule.placement
             gradients = self._make_transport(gradient_links(placement))
             weights = self._make_transport(weight_links(placement))
-            self.exchange = Exchange(placement, replicas, gradients, weights, self.watch)
+            # Elsewhere no message occupies a device, and nothing ever waits for the whole of one.
+            buffers = gradient_buffers(self._planner) if self.site.device.type == "cuda" else RECEIVE_BUFFERS
+            self.exchange = Exchange(placement, replicas, gradients, weights, self.watch, buffers)
         self.copy_home()
 
     def start(self, worker: Worker, window: int) -> None:
