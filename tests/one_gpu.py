@@ -1,8 +1,8 @@
-"""What lets several ranks of a stock host share one GPU, over gloo, which takes no tensors of a device from rank to rank.
+"""What lets several ranks of a stock host share one GPU, over gloo, which sends no tensors of a device.
 
-For tests alone: every message goes through the CPU, and the host waits for it. Three things are needed, of which a rank's
-process does the first two by itself (tests/processes.py): ``LOCAL_RANK=0``, the number of the one GPU; a gloo group that
-exists before DeepSpeed would make one of NCCL, which refuses two ranks on a device; and :func:`install`.
+For tests alone: every message goes through the CPU, and the host waits for it. Three things are needed, of which a
+rank's process does the first two by itself (tests/processes.py): ``LOCAL_RANK=0``, the number of the one GPU; a gloo
+group before DeepSpeed would make one of NCCL, which refuses two ranks on a device; and :func:`install`.
 """
 
 from __future__ import annotations
