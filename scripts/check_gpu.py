@@ -25,7 +25,7 @@ PASSED, FAILED, NOT_POSSIBLE = "passed", "failed", "not possible here"
 
 @dataclass(frozen=True)
 class Part:
-    """``tests`` are arguments of pytest, ``device`` its option; the part may take ``limit`` seconds."""
+    """``tests`` are arguments of pytest, ``device`` is what tests/devices.py reads; the part may take ``limit`` seconds."""
 
     name: str
     shows: str
@@ -93,9 +93,9 @@ def run_part(part: Part, out: Path, gpus: int) -> list[Item]:
     results, log = out / f"{part.name}.xml", out / f"{part.name}.log"
     results.unlink(missing_ok=True)  # of an earlier run
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}",
-               f"--device={part.device}", *part.tests]  # fmt: skip
+               *part.tests]  # fmt: skip
     began = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "AMDP_TEST_DEVICE": part.device}
     with log.open("w") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
