@@ -25,7 +25,7 @@ PASSED, FAILED, NOT_POSSIBLE = "passed", "failed", "not possible here"
 
 @dataclass(frozen=True)
 class Part:
-    """``tests`` are arguments of pytest, ``device`` is what tests/devices.py reads; the part may take ``limit`` seconds."""
+    """``tests`` are arguments of pytest, ``device`` is one of tests/devices.py; it may take ``limit`` seconds."""
 
     name: str
     shows: str
@@ -51,7 +51,7 @@ def selected(expression: str, *files: str) -> tuple[str, ...]:
     return (*files, "-k", expression)
 
 
-SMALL = "paci-2-2 or paci-2-4 or paci-4-2 or bf16 or amdp_with or test_flushed or recomputation or zero_1"
+SMALL = "test_paci or 4-4-options or bf16 or amdp_with or test_flushed or recomputation or zero_1"
 PARTS = (
     Part("live-update", "delayed gradients use the new weights", 60, ("tests/gpu/test_live_update.py",)),
     Part("device", "the oracle on CUDA is that on the CPU, to rounding", 120, ("tests/gpu/test_one_device.py",)),
