@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from amdp_plugin.megatron.stage_view import StageGroup, acting_as
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.settings import read_schedule
+from tests.devices import on_gpu
 from tests.processes import run_ranks
 
 from .jobs import Job, masked_report, report, run_model
@@ -125,6 +126,12 @@ def all_replicas(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
 
 def nothing(parameters: Any) -> None:
     """No clipping."""
+
+
+def comparable(job: Job) -> Job:
+    """``job``, or, on a GPU, the same without dropout: Megatron's draws there from a generator that the oracle, which
+    is one process, does not keep for each rank."""
+    return replace(job, model={**job.model, "hidden_dropout": 0.0, "attention_dropout": 0.0}) if on_gpu() else job
 
 
 def oracle(job: Job, iterations: int = 4, before_step: Any = nothing, phases: Phases = ()) -> dict[str, Any]:
