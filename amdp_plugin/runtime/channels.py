@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..plan.action import BACKWARD, FORWARD, Action
+from .torch_private import storage_uses
 from .transport import (
     ACTIVATION_TAG,
     CONTROL_TAGS,
@@ -77,19 +78,15 @@ class BufferPool:
         """A buffer of that shape and dtype, with whatever was in it."""
         pool = self._free.setdefault((shape, dtype), [])
         for buffer, idle in pool:
-            if _uses(buffer) == idle:
+            if storage_uses(buffer) == idle:
                 return buffer.detach()
         buffer = torch.empty(shape, dtype=dtype, device=self._device)
-        pool.append((buffer, _uses(buffer)))
+        pool.append((buffer, storage_uses(buffer)))
         return buffer.detach()
 
     def clear(self) -> None:
         """Let go of all buffers (when shapes change)."""
         self._free.clear()
-
-
-def _uses(tensor: Tensor) -> int:
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 class _Inbox:

@@ -54,12 +54,13 @@ def interface() -> str | None:
 
 def _gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
     name = interface()
-    options: Any = dist.ProcessGroupGloo._Options()
+    gloo: Any = dist.ProcessGroupGloo  # its options are not in torch's annotations
+    options = gloo._Options()
     try:
-        device = dist.ProcessGroupGloo.create_device(interface=name) if name else None
-        options._devices = [device or dist.ProcessGroupGloo.create_default_device()]
+        device = gloo.create_device(interface=name) if name else None
+        options._devices = [device or gloo.create_default_device()]
         options._timeout = timeout
-        return dist.ProcessGroupGloo(store, rank, size, options)
+        return gloo(store, rank, size, options)
     except RuntimeError as error:
         raise ValueError(
             f"control messages cannot go over network interface {name or 'of the host name'}: set GLOO_SOCKET_IFNAME "
