@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.devices import RECEIVE_BUFFERS
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.channels import Channels
@@ -62,12 +63,23 @@ def make_channels(
 
 
 def make_executor(
-    rank: int, case: Case, feed: Iterator[Any] | None = None, timeout_seconds: float = 30
+    rank: int,
+    case: Case,
+    feed: Iterator[Any] | None = None,
+    timeout_seconds: float = 30,
+    make_transport: Callable[[], Transport] | None = None,
+    gradient_buffers: int = RECEIVE_BUFFERS,
 ) -> tuple[Executor, PlainWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
+
+    def transport() -> Transport:
+        return Transport(range(case.stages), (), devices.device(), timeout_seconds)
+
+    make_transport = make_transport or transport
     planner = Planner(case.make(), case.costs())
     schedule, placement = planner.schedule, planner.schedule.placement
-    channels, watch = make_channels(rank, case.stages, timeout_seconds, keep_sent(schedule))
+    watch = Watch(rank, timeout_seconds)
+    channels = Channels(make_transport(), watch, keep_sent(schedule))
     built = build_stages(case.kind, case.stages, case.dtype)
     modules = {stage: built[stage].to(devices.device()) for stage in placement.stages[rank]}
     optimizers = {
@@ -80,10 +92,8 @@ def make_executor(
     worker = PlainWorker(schedule, rank, modules, optimizers, loss, micro_batches)
     exchange = None
     if worker.replicas:
-        gradients, weights = (
-            Transport(range(case.stages), (), devices.device(), timeout_seconds) for _ in range(2)
-        )
-        exchange = Exchange(placement, worker.replicas, gradients, weights, watch)
+        gradients, weights = make_transport(), make_transport()
+        exchange = Exchange(placement, worker.replicas, gradients, weights, watch, gradient_buffers)
     torch.manual_seed(100 + rank)
     return Executor(planner, rank, worker, channels, watch, exchange), worker
 
