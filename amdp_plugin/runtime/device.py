@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -143,3 +144,10 @@ class Cuda:
 def device_of(device: torch.device) -> Device:
     """How to work with ``device``."""
     return Cuda(device) if device.type == "cuda" else Host()
+
+
+def placed(value: Any, place: Callable[[Tensor], Tensor]) -> Any:
+    """``value``, a tensor or tuples and lists of tensors, with ``place`` done to each; whatever else as it is."""
+    if isinstance(value, Tensor):
+        return place(value)
+    return type(value)(placed(part, place) for part in value) if type(value) in (tuple, list) else value

@@ -139,7 +139,7 @@ class Executor:
     def execute(self, action: Action) -> None:
         """Do one action: receive what it needs, compute, send what others need."""
         # A step may ask the device for a norm, and such a question has no limit: it must not stand before a message.
-        self._watch.keep_pace(*((1,) if action.kind == UPDATE else ()))
+        self._watch.keep_pace(*((0,) if action.kind == UPDATE else ()))
         if action.kind == FORWARD:
             self._forward(action)
         elif action.kind == BACKWARD:
@@ -172,6 +172,7 @@ class Executor:
             self._channels.drain()
         if self._exchange is not None:
             self._exchange.drain()
+        self._watch.keep_pace(0)
         snapshots = [state for (window, _), state in self._snapshots.items() if window == self.window]
         self._worker.cancel(list(self._in_flight), self._early, snapshots)
         self.restart(self.window)

@@ -40,12 +40,16 @@ class Timeline:
 
     Args:
         device: whose times are taken.
+
+    Attributes:
+        latest_end: the instant at which the latest span ended.
     """
 
     def __init__(self, keep: int = 4096, device: Device | None = None) -> None:
         self.device = device or Host()
         self.events: deque[Event] = deque(maxlen=keep)
         self.totals = Totals()
+        self.latest_end: Mark = None
         self._under_way: deque[tuple[str, str, Mark, Mark]] = deque()
 
     def keep(self, events: int) -> None:
@@ -64,7 +68,8 @@ class Timeline:
             with record_function(name if phase == RUN else f"{phase} {name}"):
                 yield
         finally:
-            self._under_way.append((name, phase, start, self.device.mark()))
+            self.latest_end = self.device.mark()
+            self._under_way.append((name, phase, start, self.latest_end))
             self.settle()
 
     def settle(self) -> None:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 import torch.distributed
+from torch import Tensor
 
 from ..plan.action import Action
 from .device import Mark
@@ -94,7 +95,7 @@ class Watch:
             self._given.append(_Given(self.timeline.device.mark(), _COMPUTING, action, None))
 
     def keep_pace(self, ahead: int = AHEAD) -> None:
-        """Before an action: let the device come so far that ``ahead`` actions with this one are to be done.
+        """Before an action: let the device come so far that less than ``ahead`` others are to be done; 0: all is done.
 
         The limit counts from here, and anew whenever something is done.
 
@@ -117,6 +118,18 @@ class Watch:
                 )
             time.sleep(POLL_SECONDS)
         self.timeline.settle()
+
+    def fetch(self, tensor: Tensor, what: str) -> Tensor:
+        """The values of ``tensor`` on the CPU: the one way here to wait for the device, within the limit.
+
+        Raises:
+            PipelineStallError: as :meth:`keep_pace`.
+        """
+        copy = self.timeline.device.to_host(tensor)
+        if not copy.is_done():
+            self._given.append(_Given(self.timeline.device.mark(), what, self.last_done, None))
+            self.keep_pace(0)
+        return copy.values()
 
     @contextmanager
     def guard(self, what: str, action: Action | None, peer: int | None = None) -> Iterator[None]:
