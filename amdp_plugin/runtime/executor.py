@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from ..plan.action import BACKWARD, FORWARD, REDUCE, Action
+from ..plan.action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from ..plan.planner import Planner
 from ..plan.postings import Postings, shifted
 from ..plan.schedule import Schedule
@@ -139,6 +139,8 @@ class Executor:
 
     def execute(self, action: Action) -> None:
         """Do one action: receive what it needs, compute, send what others need."""
+        # A step may ask the device for a norm, and such a question has no limit: it must not stand before a message.
+        self._watch.keep_pace(*((0,) if action.kind == UPDATE else ()))
         if action.kind == FORWARD:
             self._forward(action)
         elif action.kind == BACKWARD:
@@ -154,6 +156,7 @@ class Executor:
     def close_window(self) -> None:
         """All actions of the window that :meth:`open_window` began are done."""
         self.window += 1
+        self._watch.in_first_window = False
         self._snapshots = {key: state for key, state in self._snapshots.items() if key[0] >= self.window}
         self._exists = {key: exists for key, exists in self._exists.items() if key[0] >= self.window}
         self._read = {key: has for key, has in self._read.items() if key[0] >= self.window}
@@ -171,6 +174,7 @@ class Executor:
             self._channels.drain()
         if self._exchange is not None:
             self._exchange.drain()
+        self._watch.keep_pace(0)
         snapshots = [state for (window, _), state in self._snapshots.items() if window == self.window]
         self._worker.cancel(list(self._in_flight), self._early, snapshots)
         self.restart(self.window)
@@ -322,6 +326,7 @@ class Executor:
         """The host's own collectives may be in it, between the ranks of a stage or of all stages."""
         with self.timeline.span(str(action)), self._watch.guard("a collective", action):
             yield
+        self._watch.given(action)
 
     def _settle(self, stage: int) -> None:
         if self._exchange is not None:

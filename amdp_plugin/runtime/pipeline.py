@@ -23,6 +23,7 @@ from ..plan.report import Report, report
 from ..plan.schedule import Schedule
 from .agreement import agree
 from .channels import Channels
+from .device import device_of
 from .exchange import Exchange, gradient_links, weight_links
 from .executor import Executor, Worker, keep_sent
 from .feed import Feed
@@ -30,6 +31,7 @@ from .losses import WindowLosses
 from .random_streams import Generators, RandomStreams
 from .replica import Replica
 from .runnable import check_runnable
+from .timeline import Timeline
 from .transport import Transport
 from .watch import PipelineStallError, Watch
 
@@ -97,7 +99,7 @@ class Pipeline:
         placement = self._planner.schedule.placement
         self.feed = Feed(pull, wanted or partial(placement.is_end, site.rank))
         self.random_streams = RandomStreams(placement.directions, generators)
-        self.watch = Watch(site.rank, site.timeout_seconds)
+        self.watch = Watch(site.rank, site.timeout_seconds, Timeline(device=device_of(site.device)))
         self.losses = WindowLosses()
         self.exchange: Exchange | None = None
         self.channels: Channels | None = None
