@@ -69,6 +69,10 @@ class Job:
         return replace(self, schedule=None)
 
     @property
+    def fp16(self) -> bool:
+        return bool(self.model.get("fp16"))
+
+    @property
     def distributed_optimizer(self) -> bool:
         return bool(self.optimizer.get("use_distributed_optimizer"))
 
