@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 from .action import BACKWARD, FORWARD, UPDATE, Action
@@ -92,6 +92,13 @@ class CostModel:
             raise ValueError(f"stage costs need one entry for each of {num_stages} stages, got {len(forward)}")
         backward = tuple(cost * backward_ratio for cost in forward)
         return cls(forward, backward, (0.0,) * num_stages, link_latency=link_cost)
+
+    def sampled(self, num_stages: int) -> CostModel:
+        """The costs of a like pipeline of fewer stages: those of stages at equal distances, both ends among them."""
+        step = (self.num_stages - 1) / max(1, num_stages - 1)
+        kept = [round(stage * step) for stage in range(num_stages)]
+        tables = (tuple(table[stage] for stage in kept) for table in (self.forward, self.backward, self.update))
+        return replace(self, **dict(zip(("forward", "backward", "update"), tables, strict=True)))
 
     @property
     def num_stages(self) -> int:

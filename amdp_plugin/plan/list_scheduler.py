@@ -34,11 +34,6 @@ class Holding:
         self.backwards = self.reductions = self.updates = 0
 
     @property
-    def may_backward(self) -> bool:
-        """Whether another gradient may be accumulated before the update that is due (law 4)."""
-        return self.backwards < (self.updates + 1) * self.per_window + self.delay
-
-    @property
     def completed(self) -> int:
         """Windows of which it has run all backwards."""
         return self.backwards // self.per_window
@@ -88,7 +83,7 @@ class ListScheduler:
     def __init__(self, schedule: Schedule, costs: CostModel, priority: Priority) -> None:
         self.schedule, self.priority = schedule, priority
         self.link, self.meeting_ticks = costs.link_ticks(), costs.meeting_ticks(schedule.num_ranks)
-        self.directions = schedule.placement.directions
+        self.directions, self.last_stage = schedule.placement.directions, schedule.num_stages - 1
         self.mean_forward = ticks(sum(costs.forward) / costs.num_stages)
         stages, ranks = range(schedule.num_stages), range(schedule.num_ranks)
         self.ticks = {
@@ -105,6 +100,8 @@ class ListScheduler:
         self.lanes_of = [[lane for row in self.lanes for lane in row if lane.holding.rank == rank] for rank in ranks]
         self.rows: list[list[Action]] = [[] for _ in ranks]
         self.window_ends: list[deque[int]] = [deque() for _ in ranks]
+        self.behind = len(self.rows)
+        """Ranks that have not closed the window that is run."""
         self.closed = [0 for _ in ranks]
         self.free_at = [0 for _ in ranks]
         self.unfinished: list[list[Holding]] = [[] for _ in ranks]
@@ -125,7 +122,7 @@ class ListScheduler:
 
     def run_window(self) -> Window:
         """Simulate until every rank has closed one more window; return that window."""
-        while not all(self.window_ends):
+        while self.behind:
             if not self.events:
                 raise self._deadlock()
             self.now, rank = heapq.heappop(self.events)
@@ -140,6 +137,7 @@ class ListScheduler:
             window.append(tuple(row[:end]))
             self.rows[rank] = row[end:]
             self.window_ends[rank] = deque(later - end for later in self.window_ends[rank])
+        self.behind = sum(not ends for ends in self.window_ends)
         return tuple(window)
 
     def _deadlock(self) -> ProgramError:
@@ -183,7 +181,7 @@ class ListScheduler:
         due = self._due(rank) if self.unfinished[rank] else None
         if due is not None and not self._opens_meeting(rank, due):
             return due
-        ready = [entry for lane in self.lanes_of[rank] for entry in self._ready(lane)]
+        ready = self._ready(rank)
         if self.meeting_at is not None and rank in self.homes:
             ready = [entry for entry in ready if self.now + self._ticks(entry[0]) <= self.meeting_at]
         if len(ready) < 2:
@@ -233,22 +231,24 @@ class ListScheduler:
             for home in self.at_home
         )
 
-    def _ready(self, lane: Lane) -> list[tuple[Action, int]]:
-        """What ``lane`` could start now, and since when (nanoseconds)."""
-        holding, closed, now, ready = lane.holding, self.closed[lane.holding.rank], self.now, []
-        size = self.schedule.micro_batches
-        if lane.backward_arrivals and holding.may_backward:
-            time, sent = lane.backward_arrivals[0]
-            micro_batch = lane.direction + self.directions * lane.backwards
-            # Directions that share a sum of gradients go window by window, whatever the priority would start.
-            if time <= now and sent <= closed and micro_batch // size <= holding.completed:
-                ready.append((Action(lane.stage, BACKWARD, micro_batch), time))
-        if lane.forwards - lane.backwards < lane.in_flight and (lane.forward_arrivals or not lane.stage):
-            time, sent = lane.forward_arrivals[0] if lane.stage else (lane.freed_at, 0)
-            micro_batch = lane.direction + self.directions * lane.forwards
-            waits = holding.updates < self.schedule.updates_before(micro_batch // size)
-            if time <= now and sent <= closed and not waits:
-                ready.append((Action(lane.stage, FORWARD, micro_batch), time))
+    def _ready(self, rank: int) -> list[tuple[Action, int]]:
+        """What ``rank`` could start now, and since when (nanoseconds)."""
+        closed, now, directions, size = self.closed[rank], self.now, self.directions, self.schedule.micro_batches
+        ready = []
+        for lane in self.lanes_of[rank]:
+            holding = lane.holding
+            # Another gradient is accumulated only where the update that is due lets it (law 4).
+            if lane.backward_arrivals and holding.backwards < (holding.updates + 1) * holding.per_window + holding.delay:
+                time, sent = lane.backward_arrivals[0]
+                micro_batch = lane.direction + directions * lane.backwards
+                # Directions that share a sum of gradients go window by window, whatever the priority would start.
+                if time <= now and sent <= closed and micro_batch // size <= holding.completed:
+                    ready.append((Action(lane.stage, BACKWARD, micro_batch), time))
+            if (lane.forward_arrivals or not lane.stage) and lane.forwards - lane.backwards < lane.in_flight:
+                time, sent = lane.forward_arrivals[0] if lane.stage else (lane.freed_at, 0)
+                micro_batch = lane.direction + directions * lane.forwards
+                if time <= now and sent <= closed and holding.updates >= self.schedule.updates_before(micro_batch // size):
+                    ready.append((Action(lane.stage, FORWARD, micro_batch), time))
         return ready
 
     def _start(self, rank: int, action: Action) -> None:
@@ -275,14 +275,15 @@ class ListScheduler:
         heapq.heappush(self.events, (finish, rank))
         if action.kind == FORWARD:
             self._forward(rank, action, finish)
-        elif action.kind == BACKWARD:
+            return
+        if action.kind == BACKWARD:
             self._backward(rank, action, finish)
         elif action.kind == REDUCE:
             self._reduce(rank, action, finish)
         else:
             self._update(rank, action, finish)
-        self._close(rank)
-        if self.homes and action.kind != FORWARD:
+        self._close(rank, self.holdings[rank][action.stage])
+        if self.homes:
             self._look_for_meeting()
 
     def _ticks(self, action: Action) -> int:
@@ -296,7 +297,7 @@ class ListScheduler:
         lane.forwards += 1
         if action.stage > 0:
             lane.forward_arrivals.popleft()
-        if action.stage < self.schedule.num_stages - 1:
+        if action.stage < self.last_stage:
             below = self._lane(action.stage + 1, action.index)
             self._send(rank, below, below.forward_arrivals, finish)
         else:
@@ -367,12 +368,17 @@ class ListScheduler:
         heapq.heappush(self.events, (finish + self.link, receiver))
         return finish + self.link
 
-    def _close(self, rank: int) -> None:
-        """Note the end of the rank's window: its last backward, and the updates due by then."""
-        window, holdings = self.closed[rank] + 1, self.holdings[rank].values()
-        if any(holding.backwards < window * holding.per_window for holding in holdings):
+    def _close(self, rank: int, latest: Holding) -> None:
+        """Note the end of the rank's window: its last backward, and the updates due by then.
+
+        Most often what it did ``latest`` tells at once that there is more to do.
+        """
+        window = self.closed[rank] + 1
+        if latest.backwards < window * latest.per_window or latest.updates < window - latest.late:
             return
-        if any(holding.updates < window - holding.late for holding in holdings):
+        holdings = self.holdings[rank].values()
+        if any(each.backwards < window * each.per_window or each.updates < window - each.late for each in holdings):
             return
         self.closed[rank] = window
+        self.behind -= not self.window_ends[rank]
         self.window_ends[rank].append(len(self.rows[rank]))

@@ -45,7 +45,7 @@ class Placement:
             rows.append(tuple(reversed(row) if direction % 2 else row))
         return cls(tuple(rows))
 
-    @property
+    @cached_property
     def num_stages(self) -> int:
         return len(self.ranks[0])
 

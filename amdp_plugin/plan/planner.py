@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from math import inf
+from math import ceil, inf
 
 from .action import BACKWARD, FORWARD, UPDATE, Action
 from .costs import CostModel
@@ -25,6 +25,9 @@ ACTIONS_TO_EXAMINE = 100_000
 TRIAL_WINDOWS, FILLED_WINDOWS = 13, 3
 """Windows that a trial of a priority simulates, at most, and how many of them fill the pipeline and do not count. Some
 orders begin well and go wrong after ten windows."""
+TRIAL_STAGES = 16
+"""Stages of the pipeline that trials simulate, at most: an order that is fast on so many is fast on 64, where each trial
+would take as long as the whole plan."""
 
 GOOD_ENOUGH = 1.01
 """Where windows take no longer than this many times the fastest found, the schedule that needs less memory is taken."""
@@ -119,11 +122,29 @@ class Planner:
 
 
 def _choose(schedule: Schedule, costs: CostModel) -> tuple[Schedule, Priority]:
-    """The first alternative that is good enough, or ``schedule``, and the order under which it is fastest."""
-    alternatives, schedule = schedule.alternatives, replace(schedule, alternatives=())
+    """The first alternative that is good enough, or ``schedule``, and the order under which it is fastest; of a deep
+    pipeline, what stands where the choice for a smaller one does."""
+    candidates = _candidates(schedule)
+    if len(candidates) == len(schedule.priorities) == 1:
+        return schedule, schedule.priorities[0]
+    if schedule.num_stages <= TRIAL_STAGES or schedule.smaller is None:
+        return _by_trial(schedule, costs)
+    smaller = schedule.smaller(TRIAL_STAGES)
+    tried = _candidates(smaller)
+    found, order = _by_trial(smaller, costs.sampled(smaller.num_stages))
+    share = tried.index(found) / max(1, len(tried) - 1)
+    chosen = candidates[ceil(share * (len(candidates) - 1))]
+    return chosen, chosen.priorities[found.priorities.index(order)]
+
+
+def _candidates(schedule: Schedule) -> tuple[Schedule, ...]:
+    """Its alternatives, and itself as the last."""
+    return *schedule.alternatives, replace(schedule, alternatives=())
+
+
+def _by_trial(schedule: Schedule, costs: CostModel) -> tuple[Schedule, Priority]:
+    *alternatives, schedule = _candidates(schedule)
     first = schedule.priorities[0]
-    if len(schedule.priorities) == 1 and not alternatives:
-        return schedule, first
     # What needs most memory is usually fastest: tried first, it shortens the trials of the others.
     best, priority = _fastest(schedule, costs, inf)
     found = [(best, schedule, priority or first)]

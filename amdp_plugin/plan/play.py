@@ -33,7 +33,11 @@ def play(program: Program) -> Iterator[Place]:
     runnable = deque(range(len(rows)))
 
     def missing_for(rank: int, action: Action) -> Place | None:
-        missing = next((place for place in schedule.dependencies(rank, action) if place not in done), None)
+        missing = None
+        for place in schedule.dependencies(rank, action):
+            if place not in done:
+                missing = place
+                break
         meeting = schedule.meeting(rank, action)
         if missing is not None or not meeting:
             return missing

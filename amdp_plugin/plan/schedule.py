@@ -76,6 +76,8 @@ class Schedule:
         priorities: the orders to choose from, by trial under the costs at hand, what a rank starts.
         alternatives: like schedules that need less memory, the least first. A planner takes the first that is
             nearly as fast, under the costs at hand, as any of them and as this one, whose bounds hold for all.
+        smaller: makes the like schedule of at most so many stages, with windows in proportion and as many
+            priorities. On it a planner makes the trials of a deep pipeline; without it they are made as it is.
         options: the options the schedule was made with, for reports.
 
     The name apart, these say, in order: what is done with each micro-batch and what that costs; how the stages
@@ -99,6 +101,7 @@ class Schedule:
 
     priorities: tuple[Priority, ...] = (backward_first,)
     alternatives: tuple[Schedule, ...] = ()
+    smaller: Callable[[int], Schedule] | None = field(default=None, compare=False)
     options: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -227,7 +230,7 @@ class Schedule:
             return ()
         return tuple((self.placement.home(other), Action(other, UPDATE, index)) for other in range(self.num_stages))
 
-    def dependencies(self, rank: int, action: Action) -> Iterator[Place]:
+    def dependencies(self, rank: int, action: Action) -> Iterable[Place]:
         """What must have happened before ``rank`` may run ``action``: (rank, action) pairs (laws 2 to 4).
 
         What the rank itself must have done comes first, so that messages blame the nearest cause. A pair of another
@@ -237,17 +240,22 @@ class Schedule:
         the action alone: see :mod:`.verify`.
         """
         stage, kind, index = action
-        rank_of, home = self.placement.rank_of, self.placement.home(stage)
         if kind == FORWARD:
-            if updates := self.updates_before(index // self.micro_batches):
-                yield rank, Action(stage, UPDATE, updates - 1)
-            if stage > 0:
-                yield rank_of(stage - 1, index), Action(stage - 1, FORWARD, index)
-        elif kind == BACKWARD:
-            yield rank, Action(stage, FORWARD, index)
-            if stage < self.num_stages - 1:
-                yield rank_of(stage + 1, index), Action(stage + 1, BACKWARD, index)
-        elif kind == REDUCE:
+            above = ((self.placement.rank_of(stage - 1, index), Action(stage - 1, FORWARD, index)),) if stage else ()
+            updates = self.updates_before(index // self.micro_batches)
+            return ((rank, Action(stage, UPDATE, updates - 1)), *above) if updates else above
+        if kind == BACKWARD:
+            own = rank, Action(stage, FORWARD, index)
+            if stage == self.num_stages - 1:
+                return (own,)
+            return own, (self.placement.rank_of(stage + 1, index), Action(stage + 1, BACKWARD, index))
+        return self._window_dependencies(rank, action)
+
+    def _window_dependencies(self, rank: int, action: Action) -> Iterator[Place]:
+        """Of a reduction or an update."""
+        stage, kind, index = action
+        home = self.placement.home(stage)
+        if kind == REDUCE:
             yield from self._own_backwards(rank, stage, index)
             if rank == home:
                 yield from ((guest, action) for guest in self.placement.holders[stage][1:])
@@ -268,6 +276,7 @@ class Schedule:
             yield from self._own_backwards(home, stage, window)
 
     def _own_backwards(self, rank: int, stage: int, window: int) -> Iterator[Place]:
-        for micro_batch in range(window * self.micro_batches, (window + 1) * self.micro_batches):
-            if self.placement.rank_of(stage, micro_batch) == rank:
-                yield rank, Action(stage, BACKWARD, micro_batch)
+        directions = [direction for direction, row in enumerate(self.placement.ranks) if row[stage] == rank]
+        for first in self.micro_batches_of(window, 0):
+            for direction in directions:
+                yield rank, Action(stage, BACKWARD, first + direction)

@@ -33,10 +33,10 @@ def _check_places(program: Program) -> None:
         raise ProgramError(f"{schedule.name} breaks {PLACES}: {what}", PLACES.number)
     seen: set[tuple[int, Action]] = set()
     for rank, row in enumerate(program.rows):
+        holds = frozenset(schedule.placement.stages[rank])
         for position, action in enumerate(row):
-            holds = schedule.placement.stages[rank]
             if action.stage not in holds:
-                what = f"rank {rank} holds the stages {holds}, not {action.stage}"
+                what = f"rank {rank} holds the stages {schedule.placement.stages[rank]}, not {action.stage}"
                 raise breach(program, rank, position, PLACES, what)
             owner = schedule.owner(action)
             if owner not in (rank, None):
@@ -45,11 +45,11 @@ def _check_places(program: Program) -> None:
                 raise breach(program, rank, position, PLACES, f"rank {rank} has run {action} before")
             seen.add((rank, action))
     for micro_batch in range(complete):
-        for stage in range(schedule.num_stages):
-            rank = schedule.placement.rank_of(stage, micro_batch)
+        for stage, rank in enumerate(schedule.placement.ranks[micro_batch % schedule.placement.directions]):
             for kind in (FORWARD, BACKWARD):
-                if (rank, Action(stage, kind, micro_batch)) not in seen:
-                    owes = f"rank {rank} owes {Action(stage, kind, micro_batch)} and never runs it"
+                action = Action(stage, kind, micro_batch)
+                if (rank, action) not in seen:
+                    owes = f"rank {rank} owes {action} and never runs it"
                     raise breach(program, rank, len(program.rows[rank]), PLACES, owes)
 
 
@@ -59,8 +59,9 @@ def _check_updates(program: Program) -> None:
     for rank, row in enumerate(program.rows):
         updates: Counter[int] = Counter()
         backwards: Counter[int] = Counter()
+        each_window = {stage: schedule.backwards_per_window(rank, stage) for stage in schedule.placement.stages[rank]}
         for position, (stage, kind, index) in enumerate(row):
-            per_window = schedule.backwards_per_window(rank, stage)
+            per_window = each_window[stage]
             if kind == BACKWARD:
                 early = backwards[stage] + 1 - (updates[stage] + 1) * per_window
                 if early > schedule.update_delay:

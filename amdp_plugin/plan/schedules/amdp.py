@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from ..action import BACKWARD, Action
@@ -67,14 +67,30 @@ def amdp(
         raise ValueError(f"amdp: preload cannot be negative, got {preload}")
     if updates not in ("auto", *UPDATE_DELAYS):
         raise ValueError(f"amdp: updates are auto, {', '.join(UPDATE_DELAYS)}; got {updates!r}")
+    smaller = partial(_smaller, num_stages, micro_batches, used, preload, updates)
     updates = "independent" if updates == "auto" else updates
     if preload is not None:
-        return _preloading(preload, num_stages, micro_batches, used, updates)
+        return replace(_preloading(preload, num_stages, micro_batches, used, updates), smaller=smaller)
     least, *more = [
         _preloading(each, num_stages, micro_batches, used, updates) for each in range(num_stages // used // 2 + 1)
     ]
     *cheaper, schedule = [least, *(each for each in more if max(each.max_gap) == 1)]
-    return replace(schedule, alternatives=tuple(cheaper))
+    return replace(schedule, alternatives=tuple(cheaper), smaller=smaller)
+
+
+def _smaller(
+    num_stages: int, micro_batches: int, directions: int, preload: int | None, updates: str, at_most: int
+) -> Schedule:
+    """In as many directions, where there is room for them."""
+    stages = at_most // 2 * 2
+    directions = min(directions, stages // 2)
+    stages = stages // directions * directions
+    if stages % 2:
+        stages -= directions
+    share = stages / num_stages
+    per_direction = max(1, round(micro_batches * share / directions))
+    fewer = None if preload is None else round(preload * share)
+    return amdp(stages, per_direction * directions, directions=directions, preload=fewer, updates=updates)
 
 
 def _preloading(preload: int, num_stages: int, micro_batches: int, directions: int, updates: str) -> Schedule:

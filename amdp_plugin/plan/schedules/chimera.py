@@ -21,4 +21,5 @@ def chimera(num_stages: int, micro_batches: int) -> Schedule:
         max_gap=(0,) * num_stages,
         priorities=(backward_first, oldest_first),
         together=True,
+        smaller=lambda stages: chimera(stages, max(1, round(micro_batches * stages / num_stages / 2)) * 2),
     )
