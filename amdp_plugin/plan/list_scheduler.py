@@ -238,7 +238,8 @@ class ListScheduler:
         for lane in self.lanes_of[rank]:
             holding = lane.holding
             # Another gradient is accumulated only where the update that is due lets it (law 4).
-            if lane.backward_arrivals and holding.backwards < (holding.updates + 1) * holding.per_window + holding.delay:
+            most = (holding.updates + 1) * holding.per_window + holding.delay
+            if lane.backward_arrivals and holding.backwards < most:
                 time, sent = lane.backward_arrivals[0]
                 micro_batch = lane.direction + directions * lane.backwards
                 # Directions that share a sum of gradients go window by window, whatever the priority would start.
@@ -247,7 +248,8 @@ class ListScheduler:
             if (lane.forward_arrivals or not lane.stage) and lane.forwards - lane.backwards < lane.in_flight:
                 time, sent = lane.forward_arrivals[0] if lane.stage else (lane.freed_at, 0)
                 micro_batch = lane.direction + directions * lane.forwards
-                if time <= now and sent <= closed and holding.updates >= self.schedule.updates_before(micro_batch // size):
+                updated = holding.updates >= self.schedule.updates_before(micro_batch // size)
+                if time <= now and sent <= closed and updated:
                     ready.append((Action(lane.stage, FORWARD, micro_batch), time))
         return ready
 
