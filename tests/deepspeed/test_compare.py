@@ -34,8 +34,7 @@ RESULT_KEYS = {
     "seconds_per_step", "tokens_per_second", "samples_per_second", "ratio", "predicted_ratio",
     "predicted_seconds_per_step", "waiting_share_by_rank", "running_share_by_rank", "peak_in_flight_by_rank",
     "memory_by_rank", "largest_gap", "first_train_loss", "final_train_loss", "final_validation_loss", "others_cores",
-    "clock",
-    "measured_options", "costs", "losses", "evaluations",
+    "clock", "turns", "ratio_by_turn", "measured_options", "costs", "losses", "evaluations",
 }  # fmt: skip
 COSTS = CostModel((0.2, 0.3, 0.4, 0.5), (0.9, 0.8, 0.7, 0.6), (0.05, 0.06, 0.07, 0.08), link_latency=0.01)
 WINDOWS = 30
