@@ -1,7 +1,8 @@
-"""Ranks as real processes, forked from a parent that has imported everything once.
+"""Ranks as real processes, forked from a process that has imported everything once.
 
 Importing torch and the host takes seconds a process; a fork takes milliseconds. The parent must stay
-single-threaded: it runs no parallel operator, and every rank uses one thread.
+single-threaded: it runs no parallel operator, and every rank uses one thread. On a GPU a server forks them, since the
+parent computes there too.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import torch
 import torch._dynamo  # torch imports it with the first optimizer: three seconds that every rank would spend anew
 import torch.distributed as dist
 
+from . import devices, one_gpu
+
 torch.set_num_threads(1)
 
 
 def run_ranks(world: int, target: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
-    """Run ``target(rank, *arguments)`` on ``world`` ranks with a gloo group; return their results.
+    """Run ``target(rank, *arguments)`` on ``world`` ranks with a process group; return their results.
 
     Raises:
         AssertionError: with the traceback of every rank that failed, or the ranks that did not end.
@@ -39,7 +42,7 @@ def run_ranks(world: int, target: Callable[..., Any], *arguments: Any, timeout: 
 
 def outcomes(world: int, target: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[tuple[bool, Any]]:
     """As :func:`run_ranks`, but failures are results: (True, value), or (False, traceback) of every rank."""
-    context = multiprocessing.get_context("fork")
+    context = _context(target)
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as directory:
         rendezvous = Path(directory) / "rendezvous"
@@ -65,12 +68,27 @@ def outcomes(world: int, target: Callable[..., Any], *arguments: Any, timeout: f
         return [found.get(rank, (False, f"rank {rank} did not end within {timeout} s")) for rank in range(world)]
 
 
+def _context(target: Callable[..., Any]) -> Any:
+    context = multiprocessing.get_context(devices.start_method())
+    if devices.on_gpu():
+        context.set_forkserver_preload([target.__module__])  # of a session's first test: what it imports, all need
+    return context
+
+
 def _rank(rank: int, world: int, rendezvous: Path, answers: Any, target: Callable[..., Any], arguments: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
+    local = str(devices.local_rank(rank))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=local, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     try:
+        devices.settle_rank(rank)
         dist.init_process_group(
-            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            devices.backend(),
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=60),
         )
+        if devices.chosen() == "cuda":
+            one_gpu.install()
         answers.put((rank, True, pickle.dumps(target(rank, *arguments))))  # bytes: tensors would be shared memory
         dist.barrier()  # a rank that leaves closes connections that others may still look at
         dist.destroy_process_group()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..plan.costs import CostModel
+from ..runtime.device import HOST_CLOCK
 from ..runtime.timeline import Event
 
 STOCK = "stock"
@@ -104,6 +105,7 @@ class RankRecord:
         largest_gap: the largest (version at backward) - (version at forward).
         memory: what it kept in memory; ``None`` where that was not measured.
         planned_costs: what the program was made for; by default equal stages, backwards of two forwards.
+        clock: what the times of ``events`` were taken with: the host, or the device by events of its own.
     """
 
     rank: int
@@ -122,6 +124,7 @@ class RankRecord:
     largest_gap: int
     memory: Memory | None = None
     planned_costs: CostModel | None = None
+    clock: str = HOST_CLOCK
 
     def write(self, directory: Path) -> None:
         """Write ``rank<rank>.json``: the whole file or, when killed at it, the one before."""

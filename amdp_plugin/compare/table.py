@@ -41,6 +41,7 @@ class Row:
         predicted_seconds_per_step: what that prediction is, in seconds.
         ratio_by_turn: what ``ratio`` is the median of.
         measured_options: what to tell a schedule so that its program is made for what was measured in this run.
+        clock: what actions and waits were timed with.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Row:
     final_train_loss: float | None
     final_validation_loss: float | None
     others_cores: float | None
+    clock: str
 
 
 def rows(turns: Sequence[Sequence[Run]]) -> list[Row]:
@@ -145,6 +147,7 @@ def _row(run: Run, baseline: Run) -> Row:
         final_train_loss=run.final_train_loss,
         final_validation_loss=run.final_validation_loss,
         others_cores=run.others_cores,
+        clock=first.clock,
     )
 
 
@@ -244,10 +247,17 @@ def _notes(found: Sequence[Row], memory: bool) -> list[str]:
         f"- {row.baseline} measured, as options of a schedule: {json.dumps(_of_baseline(found).measured_options)}.",
         "- waiting: share of the time in which a rank waits for others. in flight: the most micro-batches forwarded "
         "and not yet backwarded. largest gap: the most updates between a forward and its backward, as measured.",
+        f"- clock of actions and waits: {_clocks(found)}. Steps are timed by the host.",
         *([MEMORY_NOTE] if memory else []),
         f"- train loss: mean of the last {LAST_LOSSES} steps. {_first_losses(found)}",
         *_disturbances(found),
     ]
+
+
+def _clocks(found: Sequence[Row]) -> str:
+    """The clock of all, or of each where they differ: then shares and predictions are not alike."""
+    clocks = {row.clock for row in found}
+    return clocks.pop() if len(clocks) == 1 else ", ".join(f"{row.clock} in {row.name}" for row in found)
 
 
 def _spread(found: Sequence[Row]) -> list[str]:

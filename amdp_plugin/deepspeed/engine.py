@@ -197,14 +197,15 @@ class ScheduledPipelineEngine(PipelineEngine):
     def _aggregate_total_loss(self) -> Any:
         """The loss of the window. The last stages reported it before their updates, so that this waits for nobody."""
         additional = self.module.get_additional_losses() or {}
-        total = torch.zeros(2 + len(additional), device=self.device)
+        total = torch.zeros(2 + len(additional))
         for direction, row in enumerate(self.executor.schedule.placement.ranks):
             if row[-1] == self.stage_id:
                 values = self._reported.pop((self.executor.window, direction))
             else:
                 assert self.pipeline.channels is not None
                 values = self.pipeline.channels.receive_report(row[-1], len(total), direction)
-            total += values.to(self.device, torch.float32)
+            total += values.to(torch.float32)
+        total = self.pipeline.watch.timeline.device.to_device(total)
         self.dp_group_loss, loss = total[0], total[1]
         if additional:
             self.agg_additional_losses = dict(zip(additional, total[2:], strict=True))
@@ -243,7 +244,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         with torch.no_grad(), aside[0], aside[1], self.pipeline.watch.guard("averaging the losses", None):
             loss = super()._aggregate_total_loss()
         additional = list((self.agg_additional_losses or {}).values())
-        values = torch.stack([self.dp_group_loss, loss, *additional]).to("cpu", torch.float64)
+        stacked = torch.stack([self.dp_group_loss, loss, *additional]).to(torch.float64)
+        values = self.pipeline.watch.fetch(stacked, "reporting the losses")
         if not torch.isfinite(values).all():
             for number, value in broken(numbers, losses):
                 logger.warning(f"the loss of micro-batch {number} is {value} (stage {self.num_stages - 1})")

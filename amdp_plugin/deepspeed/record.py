@@ -7,7 +7,6 @@ Times are those of the host. On the CPU they are what the work took; a GPU works
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -23,6 +22,7 @@ from ..compare.memory import peak_bytes
 from ..compare.recorder import KEPT_EVENTS, Journal, Output, timed
 from ..compare.recording import OURS, STOCK, Memory, RankRecord
 from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
+from ..runtime.device import Mark, device_of
 from ..runtime.timeline import RUN, WAIT, Timeline
 from .engine import ScheduledPipelineEngine
 from .memory import gauge
@@ -72,6 +72,7 @@ class Recorder:
         """Everything until now."""
         ours = self._stock is None
         executor: Any = self._engine.executor if ours else self._stock
+        self.timeline.settle()
         totals, kept = self.timeline.totals, self._memory
         return RankRecord(
             rank=self._engine.global_rank,
@@ -89,6 +90,7 @@ class Recorder:
             peak_in_flight=executor.peak_in_flight,
             largest_gap=executor.largest_gap if ours else 0,
             planned_costs=executor.planner.costs if ours else None,
+            clock=self.timeline.device.clock,
             memory=replace(Memory.largest(kept), peak=peak_bytes(self._engine.device)) if kept else None,
         )
 
@@ -128,12 +130,12 @@ class StockTimeline:
     """
 
     def __init__(self, engine: Any) -> None:
-        self.timeline = Timeline(KEPT_EVENTS)
+        self.timeline = Timeline(KEPT_EVENTS, device_of(engine.device))
         self.peak_in_flight = 0
         self._stage = engine.stage_id
         self._counts: dict[type, int] = {}
         self._recording = False
-        self._began: float | None = None
+        self._began: Mark | None = None
         # The engine looks its instructions up through itself, so that this one engine can have its own.
         engine._INSTRUCTION_MAP = {kind: self._wrap(kind, run) for kind, run in engine._INSTRUCTION_MAP.items()}
         engine._aggregate_total_loss = self._wrap_loss(engine._aggregate_total_loss)
@@ -174,7 +176,7 @@ class StockTimeline:
         @wraps(run)
         def recorded(engine: Any, **arguments: Any) -> None:
             if self._recording and self._began is None:
-                self._began = time.perf_counter()
+                self._began = self.timeline.device.mark()
             run(engine, **arguments)
 
         return recorded

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..plan.action import Action
 from ..plan.schedule import Schedule
 from ..runtime.channels import Tensors
+from ..runtime.device import placed
 from ..runtime.pipeline import Pipeline
 from ..runtime.stage import as_tuple, input_leaf, one_or_tuple
 from ..runtime.weights import live_update
@@ -72,7 +73,7 @@ class EngineWorker(StagesWorker):
         if inputs is not None:
             buffers["inputs"][buffer_id] = one_or_tuple(tuple(input_leaf(tensor) for tensor in inputs))
         if stage in (0, self.last_stage):
-            engine.load(self.take(micro_batch), buffer_id)
+            engine.load(self._placed(stage, micro_batch), buffer_id)
         engine.total_loss = engine.total_additional_losses = None
         engine._exec_forward_pass(buffer_id)
         if stage == self.last_stage:
@@ -89,11 +90,11 @@ class EngineWorker(StagesWorker):
         stage, _, micro_batch = action
         if inputs is None:
             differentiable = engine._reentrant_activation_checkpointing()
-            leaves = as_tuple(to_device(self.take(micro_batch)[0], engine, differentiable))
+            leaves = as_tuple(to_device(self._placed(stage, micro_batch)[0], engine, differentiable))
         else:
             leaves = tuple(input_leaf(tensor) for tensor in inputs)
         if stage == self.last_stage:
-            label = to_device(self.take(micro_batch)[1], engine)
+            label = to_device(self._placed(stage, micro_batch)[1], engine)
         outputs = self._guests[stage].forward(micro_batch, leaves, label)
         if stage < self.last_stage:
             return outputs
@@ -101,6 +102,12 @@ class EngineWorker(StagesWorker):
         copies = additional and {name: loss.detach().clone() for name, loss in additional.items()}
         self.losses.add(micro_batch, (outputs[0].detach().clone(), copies))
         return None
+
+    def _placed(self, stage: int, micro_batch: int) -> Any:
+        """The micro-batch, with what ``stage`` uses of it on the device, so that DeepSpeed copies nothing."""
+        batch, used = self.take(micro_batch), {0: stage == 0, 1: stage == self.last_stage}
+        place = self._engine.pipeline.watch.timeline.device.to_device
+        return tuple(placed(part, place) if used.get(index) else part for index, part in enumerate(batch))
 
     def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
         if action.stage == self._engine.stage_id:

@@ -29,7 +29,8 @@ class WindowReports:
             self._here[window, direction] = reported
         else:
             assert self._pipeline.channels is not None
-            self._pipeline.channels.send_report(self._reader, pack(reported), direction)
+            values = self._pipeline.watch.fetch(pack(reported), "reporting the losses")
+            self._pipeline.channels.send_report(self._reader, values, direction)
 
     def of_window(self, window: int) -> list[Any]:
         """On the last rank, of all micro-batches in their order; elsewhere empty."""
@@ -44,13 +45,16 @@ class WindowReports:
             else:
                 assert self._pipeline.channels is not None
                 length = pack([pattern]).numel() * len(numbers)
-                reported = unpack(self._pipeline.channels.receive_report(row[-1], length, direction), pattern)
+                values = self._pipeline.channels.receive_report(row[-1], length, direction)
+                if any(value.device.type != "cpu" for value in pattern.values()):
+                    values = self._pipeline.watch.timeline.device.to_device(values)
+                reported = unpack(values, pattern)
             found.update(zip(numbers, reported, strict=True))
         return [found[number] for number in sorted(found)]
 
 
 def pack(reported: Sequence[Reported]) -> Tensor:
-    """All values of all micro-batches: float64, one-dimensional, on the CPU.
+    """All values of all micro-batches: float64, one-dimensional, where they are.
 
     Raises:
         ValueError: where something else than tensors by name is reported, which only one direction can return.
@@ -62,7 +66,7 @@ def pack(reported: Sequence[Reported]) -> Tensor:
                 f"Megatron's do; this one returned {type(each).__name__}"
             )
     parts = [value.detach().reshape(-1) for each in reported for value in each.values()]
-    return torch.cat([part.to(torch.float64) for part in parts]).cpu()
+    return torch.cat([part.to(torch.float64) for part in parts])
 
 
 def unpack(values: Tensor, pattern: Reported) -> list[Reported]:

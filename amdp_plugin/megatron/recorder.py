@@ -104,6 +104,7 @@ class Recorder:
         stock = self.stock
         executor: Any = stock or (self._hook and self._hook.executor)
         device = next(only(self._window.model, "model chunk").parameters()).device
+        executor.timeline.settle()
         events, kept = list(self._meetings.cut_out(executor.timeline.events)), self._memory
         totals, met = executor.timeline.totals, _waited(events) - _waited(executor.timeline.events)
         return RankRecord(
@@ -122,6 +123,7 @@ class Recorder:
             peak_in_flight=executor.peak_in_flight,
             largest_gap=0 if stock else executor.largest_gap,
             planned_costs=None if stock else executor.planner.costs,
+            clock=executor.timeline.device.clock,
             memory=replace(Memory.largest(kept), peak=peak_bytes(device)) if kept else None,
         )
 

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from ..compare.recorder import KEPT_EVENTS
 from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
+from ..runtime.device import device_of
 from ..runtime.timeline import RUN, WAIT, Timeline
 
 MESSAGES = {
@@ -36,7 +39,7 @@ class StockTimeline:
     """
 
     def __init__(self, stage: int, stages: int) -> None:
-        self.timeline = Timeline(KEPT_EVENTS)
+        self.timeline = Timeline(KEPT_EVENTS, device_of(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")))
         self.peak_in_flight = 0
         self.is_recording = False
         self._stage, self._stages = stage, stages
@@ -70,7 +73,7 @@ class StockTimeline:
 
     def end_update(self) -> None:
         """The optimizer has stepped. Everything since the latest event belongs to it: reductions too, as with ours."""
-        with self.timeline.span(self._name(UPDATE), RUN, self.timeline.events[-1].end):
+        with self.timeline.span(self._name(UPDATE), RUN, self.timeline.latest_end):
             pass
         self._counts[UPDATE] += 1
 

@@ -15,6 +15,7 @@ from .action import BACKWARD, FORWARD, UPDATE, Action
 from .costs import CostModel
 from .laws import ProgramError
 from .list_scheduler import ListScheduler, Window
+from .postings import Postings, postings, shifted
 from .program import Program, Row
 from .schedule import Priority, Schedule
 
@@ -59,19 +60,23 @@ class Planner:
         """Windows after which the program repeats; ``None`` until that is known."""
         self._windows: list[Window] = []
         self._states: dict[object, int] = {}
+        self._postings: dict[int, tuple[Postings, ...]] = {}
         self.schedule, priority = _choose(schedule, self.costs)
         self._list_scheduler = ListScheduler(self.schedule, self.costs, priority)
 
     def row(self, index: int, rank: int) -> Row:
         """What ``rank`` does in window ``index``."""
-        while index >= len(self._windows) and self.period is None:
-            self._generate()
-        if index < len(self._windows):
-            return self._windows[index][rank]
-        assert self.period is not None
-        shift = -(-(index + 1 - len(self._windows)) // self.period) * self.period
+        shift = self._shift(index)
         row, micro_batches = self._windows[index - shift][rank], self.schedule.micro_batches
-        return tuple(action.shifted(shift, micro_batches) for action in row)
+        return tuple(action.shifted(shift, micro_batches) for action in row) if shift else row
+
+    def postings(self, index: int, rank: int) -> Postings:
+        """When ``rank`` begins to receive what is sent to it in window ``index``; see :mod:`.postings`."""
+        shift = self._shift(index)
+        like = index - shift
+        if like not in self._postings:
+            self._postings[like] = postings(self.schedule, self._windows[like], self.costs)
+        return shifted(self._postings[like][rank], shift, self.schedule.micro_batches)
 
     def window(self, index: int) -> Window:
         """The actions of window ``index``, one row a rank."""
@@ -96,6 +101,15 @@ class Planner:
             self._generate()
         count = len(self._windows)
         return (count - self.period, count) if self.period else (count // 2, count)
+
+    def _shift(self, index: int) -> int:
+        """How many windows after a generated one the like window ``index`` comes: 0 for a generated one."""
+        while index >= len(self._windows) and self.period is None:
+            self._generate()
+        if index < len(self._windows):
+            return 0
+        assert self.period is not None
+        return -(-(index + 1 - len(self._windows)) // self.period) * self.period
 
     def _generate(self) -> None:
         index = len(self._windows)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from hashlib import sha256
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ..plan.planner import Planner
+from .torch_private import set_timeout
 
 MEBIBYTE = 2**20
 NO_TEXT = ("priorities", "alternatives")
@@ -59,7 +58,7 @@ def _written_out(planner: Planner) -> str:
 def bound_collectives(groups: Iterable[dist.ProcessGroup], timeout_seconds: float) -> None:
     """Let the groups that a host uses fail, not hang, when a peer is gone."""
     for group in groups:
-        _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+        set_timeout(group, timeout_seconds)
 
 
 @dataclass(frozen=True)

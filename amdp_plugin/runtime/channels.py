@@ -1,15 +1,15 @@
-"""Ordered messages between stages: receives posted ahead in the sender's order, sends that never block."""
+"""Ordered messages between stages: receives begun in the sender's order, sends that never block."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..plan.action import BACKWARD, FORWARD, Action
+from .torch_private import storage_uses
 from .transport import (
     ACTIVATION_TAG,
     CONTROL_TAGS,
@@ -24,9 +24,6 @@ from .watch import Waitable, Watch
 
 Tensors = tuple[Tensor, ...]
 _Sent = tuple[Waitable, Tensor, Action | None]
-
-LOOK_AHEAD = 2
-"""Receives that stand posted per sender: one that is on its way while the next is waited for."""
 
 _DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
@@ -81,10 +78,10 @@ class BufferPool:
         """A buffer of that shape and dtype, with whatever was in it."""
         pool = self._free.setdefault((shape, dtype), [])
         for buffer, idle in pool:
-            if _uses(buffer) == idle:
+            if storage_uses(buffer) == idle:
                 return buffer.detach()
         buffer = torch.empty(shape, dtype=dtype, device=self._device)
-        pool.append((buffer, _uses(buffer)))
+        pool.append((buffer, storage_uses(buffer)))
         return buffer.detach()
 
     def clear(self) -> None:
@@ -92,12 +89,8 @@ class BufferPool:
         self._free.clear()
 
 
-def _uses(tensor: Tensor) -> int:
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
 class _Inbox:
-    """Messages of one sender: expected in its order, posted ahead, kept until they are asked for."""
+    """Messages of one sender: expected in its order, being received, kept until they are asked for."""
 
     def __init__(self) -> None:
         self.expected: deque[Action] = deque()
@@ -150,18 +143,21 @@ class Channels:
                 sent = self._transport.send(tensor, receiver, tag)
             self._keep(receiver, tag, action, *sent)
 
-    def expect(self, sender: int, actions: Iterable[Action]) -> None:
-        """The messages that ``sender`` sends next to this rank, in its order."""
+    def expect(self, sender: int, action: Action) -> None:
+        """Begin to receive the message for ``action``, which ``sender`` sends next to this rank.
+
+        Where its shapes are not known yet, that begins when it is asked for.
+        """
         inbox = self._inboxes.setdefault(sender, _Inbox())
-        inbox.expected.extend(actions)
-        self._post_ahead(sender, inbox)
+        inbox.expected.append(action)
+        self._post_known(sender, inbox)
 
     def receive(self, sender: int, action: Action) -> Tensors:
         """The message for ``action``; waits for it, and no longer than the watch allows."""
         inbox = self._inboxes[sender]
         while action not in inbox.arrived:
             self._receive_next(sender, inbox)
-        self._post_ahead(sender, inbox)
+        self._post_known(sender, inbox)
         return inbox.arrived.pop(action)
 
     def drain(self) -> None:
@@ -236,8 +232,8 @@ class Channels:
         self._sent_signatures[receiver, action.stage] = signature
         self._send_control(signature.encode(), receiver, SIGNATURE_TAG, action)
 
-    def _post_ahead(self, sender: int, inbox: _Inbox) -> None:
-        while inbox.expected and len(inbox.posted) < LOOK_AHEAD:
+    def _post_known(self, sender: int, inbox: _Inbox) -> None:
+        while inbox.expected:
             signature = self._known_signature(sender, inbox.expected[0])
             if signature is None:
                 return

@@ -1,31 +1,28 @@
 """What the replicas of a stage exchange: gradients to its home, weights back.
 
-Every action starts its messages and goes on. The home receives into buffers of its own, used again and again,
-from the opening of the window on; a guest receives straight into its weights, and waits for them only before it
-uses the stage again. Sums are taken in one order, home first, so that they do not depend on who is late.
+Every action starts its messages and goes on. The home receives into buffers of its own, used again and again; a
+guest receives straight into its weights, and waits for them only before it uses the stage again. When either begins,
+the plan says. Sums are taken in one order, home first, so that they do not depend on who is late.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..plan.action import REDUCE, UPDATE, Action
+from ..plan.devices import RECEIVE_BUFFERS
 from ..plan.placement import Placement
+from ..plan.postings import next_guest
 from .replica import Guest, Home, Replica
 from .transport import GRADIENT_TAG, WEIGHT_TAG, Incoming, Transport
 from .watch import Waitable, Watch
 
-RECEIVE_BUFFERS = 2
-"""Guests whose gradients the home receives at once."""
-
 
 class _Receiving(NamedTuple):
-    guest: int
     buffers: list[Tensor]
     incoming: list[Incoming]
 
@@ -57,6 +54,7 @@ class Exchange:
             tags: gradients one way and weights the same way must not share a communicator.
         weights: messages over :func:`weight_links` alone.
         watch: bounds and records the waits.
+        gradient_buffers: guests of a stage whose gradients its home receives at once.
     """
 
     def __init__(
@@ -66,17 +64,18 @@ class Exchange:
         gradients: Transport,
         weights: Transport,
         watch: Watch,
+        gradient_buffers: int = RECEIVE_BUFFERS,
     ) -> None:
         self._holders, self._replicas, self._watch = placement.holders, replicas, watch
         self._transports = {GRADIENT_TAG: gradients, WEIGHT_TAG: weights}
         self._homes = {stage: replica for stage, replica in replicas.items() if isinstance(replica, Home)}
         self._free = {
-            stage: [home.gradient_buffers() for _ in range(min(RECEIVE_BUFFERS, len(self._holders[stage]) - 1))]
+            stage: [home.gradient_buffers() for _ in range(min(gradient_buffers, len(self._holders[stage]) - 1))]
             for stage, home in self._homes.items()
         }
         self._kept = [buffer for free in self._free.values() for buffers in free for buffer in buffers]
-        self._to_come: dict[int, deque[int]] = {}
-        self._receiving: dict[int, deque[_Receiving]] = {stage: deque() for stage in self._homes}
+        self._begun: dict[int, set[int]] = {stage: set() for stage in self._homes}
+        self._receiving: dict[int, dict[int, _Receiving]] = {stage: {} for stage in self._homes}
         self._arriving: dict[int, tuple[Action, list[Incoming]]] = {}
         self._sent: dict[int, list[_Sent]] = {}
 
@@ -86,12 +85,14 @@ class Exchange:
         for home in self._homes.values():
             yield from home.send_buffers
 
-    def open_window(self, window: int) -> None:
-        """Begin to receive the gradients of ``window`` from the first guests."""
-        for stage, free in self._free.items():
-            self._to_come[stage] = deque(self._holders[stage][1:])
-            for _ in range(len(free)):
-                self._receive_next(Action(stage, REDUCE, window))
+    def receive(self, sender: int, action: Action) -> None:
+        """Begin to receive what ``action`` takes: at home the gradients of the guest ``sender``, as soon as there is a
+        buffer; on a guest the new weights, so that nothing may use the stage before :meth:`settle`."""
+        if action.kind == REDUCE:
+            self._begun[action.stage].add(sender)
+            self._receive_gradients(action, self._holders[action.stage][1:])
+        else:
+            self._receive_weights(action)
 
     def reduce(self, action: Action) -> None:
         """On a guest, send the window's gradients home; at home, add those of the guests, one after the other."""
@@ -99,22 +100,21 @@ class Exchange:
         if isinstance(replica, Guest):
             self._send(action, replica.gradients, self._holders[action.stage][:1], GRADIENT_TAG)
             return
-        receiving = self._receiving[action.stage]
-        while receiving:
-            guest, buffers, incoming = receiving.popleft()
+        guests = self._holders[action.stage][1:]
+        for added, guest in enumerate(guests, start=1):
+            buffers, incoming = self._receiving[action.stage].pop(guest)
             self._wait(incoming, action, guest)
             with self._watch.timeline.span(str(action)):
                 replica.add([message.finish() for message in incoming])
             self._free[action.stage].append(buffers)
-            self._receive_next(action)
+            self._receive_gradients(action, guests[added:])
 
     def send_weights(self, action: Action) -> None:
         """At home, after the step: start to send the new weights to the guests."""
         self._reap(action.stage)
         self._send(action, self._homes[action.stage].weights(), self._holders[action.stage][1:], WEIGHT_TAG)
 
-    def receive_weights(self, action: Action) -> None:
-        """On a guest: begin to receive the new weights; nothing may use the stage before :meth:`settle`."""
+    def _receive_weights(self, action: Action) -> None:
         replica, home = self._replicas[action.stage], self._holders[action.stage][0]
         assert isinstance(replica, Guest)
         with self._watch.guard("receiving", action, home):
@@ -156,13 +156,15 @@ class Exchange:
                 tensor.copy_(incoming.finish())
         self.drain()
 
-    def _receive_next(self, action: Action) -> None:
+    def _receive_gradients(self, action: Action, to_add: Sequence[int]) -> None:
         stage = action.stage
-        if self._to_come[stage]:
-            guest, buffers = self._to_come[stage].popleft(), self._free[stage].pop()
+        begun, receiving, free = self._begun[stage], self._receiving[stage], self._free[stage]
+        while (guest := next_guest(to_add, begun, receiving, len(free))) is not None:
+            begun.remove(guest)
+            buffers = free.pop()
             with self._watch.guard("receiving", action, guest):
                 incoming = [self._receive(buffer, guest, GRADIENT_TAG) for buffer in buffers]
-            self._receiving[stage].append(_Receiving(guest, buffers, incoming))
+            receiving[guest] = _Receiving(buffers, incoming)
 
     def _send(self, action: Action, tensors: Iterable[Tensor], receivers: Iterable[int], tag: int) -> None:
         tensors, kept = list(tensors), self._sent.setdefault(action.stage, [])

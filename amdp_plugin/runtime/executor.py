@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from ..plan.action import BACKWARD, FORWARD, REDUCE, Action
+from ..plan.action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from ..plan.planner import Planner
+from ..plan.postings import Postings, shifted
 from ..plan.schedule import Schedule
 from .channels import Channels, Tensors
 from .exchange import Exchange
@@ -106,6 +107,7 @@ class Executor:
         self._exists: dict[tuple[int, int], bool] = {}
         self._read: dict[tuple[int, int], bool] = {}
         self._headers: list[tuple[int, int]] = []
+        self._postings: Postings = {}
 
     def run_window(self) -> None:
         """Execute one window. Raises ``StopIteration``, with nothing lost, when there is no data for it."""
@@ -129,8 +131,7 @@ class Executor:
                 raise StopIteration(f"the data ends before the {size} micro-batches of window {self.window}")
         self._expect_messages()
         self._read_ahead()
-        if self._exchange is not None:
-            self._exchange.open_window(self.window)
+        self._begin_to_receive(None)
         early, self._early = self._early, []
         for action in early:
             self._count(action)
@@ -138,6 +139,8 @@ class Executor:
 
     def execute(self, action: Action) -> None:
         """Do one action: receive what it needs, compute, send what others need."""
+        # A step may ask the device for a norm, and such a question has no limit: it must not stand before a message.
+        self._watch.keep_pace(*((0,) if action.kind == UPDATE else ()))
         if action.kind == FORWARD:
             self._forward(action)
         elif action.kind == BACKWARD:
@@ -148,10 +151,12 @@ class Executor:
         else:
             self._update(action)
         self._watch.last_done = action
+        self._begin_to_receive(action)
 
     def close_window(self) -> None:
         """All actions of the window that :meth:`open_window` began are done."""
         self.window += 1
+        self._watch.in_first_window = False
         self._snapshots = {key: state for key, state in self._snapshots.items() if key[0] >= self.window}
         self._exists = {key: exists for key, exists in self._exists.items() if key[0] >= self.window}
         self._read = {key: has for key, has in self._read.items() if key[0] >= self.window}
@@ -169,6 +174,7 @@ class Executor:
             self._channels.drain()
         if self._exchange is not None:
             self._exchange.drain()
+        self._watch.keep_pace(0)
         snapshots = [state for (window, _), state in self._snapshots.items() if window == self.window]
         self._worker.cancel(list(self._in_flight), self._early, snapshots)
         self.restart(self.window)
@@ -178,15 +184,22 @@ class Executor:
         return [action.shifted(self._base, self.schedule.micro_batches) for action in row]
 
     def _expect_messages(self) -> None:
-        """Announce what the other ranks send here in this window, each in its own order."""
-        if self._channels is None:
-            return
-        for sender in self.schedule.placement.neighbours[self.rank]:
-            messages = [self.schedule.message(sender, action) for action in self._row(sender)]
-            needed = [message[1] for message in messages if message is not None and message[0] == self.rank]
-            headers = [self._window_and_direction(action) for action in needed if self._opens_window(action)]
-            self._headers += [key for key in headers if key not in self._exists]
-            self._channels.expect(sender, needed)
+        """Look up when this rank begins to receive what the others send to it in this window."""
+        begun = self.planner.postings(self.window - self._base, self.rank)
+        self._postings = shifted(begun, self._base, self.schedule.micro_batches)
+        actions = [message.action for messages in self._postings.values() for message in messages]
+        headers = [self._window_and_direction(action) for action in actions if self._opens_window(action)]
+        self._headers += [key for key in headers if key not in self._exists]
+
+    def _begin_to_receive(self, after: Action | None) -> None:
+        """Begin to receive what the plan says, after an action or at the opening of the window."""
+        for sender, _, action in self._postings.get(after, ()):
+            if action.kind in (FORWARD, BACKWARD):
+                assert self._channels is not None
+                self._channels.expect(sender, action)
+            else:
+                assert self._exchange is not None
+                self._exchange.receive(sender, action)
 
     def _read_ahead(self) -> None:
         """On a last stage, read what the first stage reads in this window, though it is needed later: then both
@@ -303,9 +316,9 @@ class Executor:
         if self.rank == home:
             with self._computing(action):
                 self._worker.update(action)
-        if guests:
-            assert self._exchange is not None
-            self._exchange.send_weights(action) if self.rank == home else self._exchange.receive_weights(action)
+            if guests:
+                assert self._exchange is not None
+                self._exchange.send_weights(action)
         self.versions[action.stage] += 1
 
     @contextmanager
@@ -313,6 +326,7 @@ class Executor:
         """The host's own collectives may be in it, between the ranks of a stage or of all stages."""
         with self.timeline.span(str(action)), self._watch.guard("a collective", action):
             yield
+        self._watch.given(action)
 
     def _settle(self, stage: int) -> None:
         if self._exchange is not None:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from ..plan.action import Action
 from ..plan.costs import CostModel
+from ..plan.devices import RECEIVE_BUFFERS, gradient_buffers
 from ..plan.planner import Planner
 from ..plan.report import Report, report
 from ..plan.schedule import Schedule
 from .agreement import agree
 from .channels import Channels
+from .device import device_of
 from .exchange import Exchange, gradient_links, weight_links
 from .executor import Executor, Worker, keep_sent
 from .feed import Feed
@@ -29,6 +31,7 @@ from .losses import WindowLosses
 from .random_streams import Generators, RandomStreams
 from .replica import Replica
 from .runnable import check_runnable
+from .timeline import Timeline
 from .transport import Transport
 from .watch import PipelineStallError, Watch
 
@@ -96,7 +99,7 @@ class Pipeline:
         placement = self._planner.schedule.placement
         self.feed = Feed(pull, wanted or partial(placement.is_end, site.rank))
         self.random_streams = RandomStreams(placement.directions, generators)
-        self.watch = Watch(site.rank, site.timeout_seconds)
+        self.watch = Watch(site.rank, site.timeout_seconds, Timeline(device=device_of(site.device)))
         self.losses = WindowLosses()
         self.exchange: Exchange | None = None
         self.channels: Channels | None = None
@@ -122,7 +125,9 @@ class Pipeline:
             placement = self.schedule.placement
             gradients = self._make_transport(gradient_links(placement))
             weights = self._make_transport(weight_links(placement))
-            self.exchange = Exchange(placement, replicas, gradients, weights, self.watch)
+            # Elsewhere no message occupies a device, and nothing ever waits for the whole of one.
+            buffers = gradient_buffers(self._planner) if self.site.device.type == "cuda" else RECEIVE_BUFFERS
+            self.exchange = Exchange(placement, replicas, gradients, weights, self.watch, buffers)
         self.copy_home()
 
     def start(self, worker: Worker, window: int) -> None:

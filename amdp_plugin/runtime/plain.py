@@ -68,7 +68,7 @@ class PlainWorker(StagesWorker):
         outputs = self._stages[stage].forward(micro_batch, leaves, label)
         if stage < self.last_stage:
             return outputs
-        self.losses.add(micro_batch, float(outputs[0].detach()))
+        self.losses.add(micro_batch, outputs[0].detach().clone())
         return None
 
     def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
@@ -85,4 +85,4 @@ class PlainWorker(StagesWorker):
 
     def end_of_backwards(self, window: int, direction: int) -> None:
         numbers = self.schedule.micro_batches_of(window, direction)
-        self.reported.update(zip(numbers, self.losses.take(numbers), strict=True))
+        self.reported.update(zip(numbers, torch.stack(self.losses.take(numbers)).tolist(), strict=True))

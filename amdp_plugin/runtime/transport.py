@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store, _new_process_group_helper
+
+from .groups import Group
 
 ACTIVATION_TAG, GRADIENT_TAG, WEIGHT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG = range(1, 7)
 CONTROL_TAGS = 8
@@ -37,38 +37,6 @@ def wire(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
-_made: Counter[tuple[str, ...]] = Counter()
-
-
-def _new_group(members: Sequence[int], backend: str, timeout: timedelta) -> Any:
-    """A process group that its members alone make, under a name that they agree on.
-
-    ``dist.new_group(use_local_synchronization=True)`` puts the number of groups that a rank is in into the
-    name: where that differs (tied layers, embedding groups) the members wait for one another for ever.
-    """
-    key = (backend, *map(str, members))
-    _made[key] += 1
-    name: Any = f"amdp_plugin {' '.join(key)} {_made[key]}"
-    rank, store = members.index(dist.get_rank()), _get_default_store()
-    backend = dist.Backend(backend)
-    group, _ = _new_process_group_helper(len(members), rank, list(members), backend, store, name, timeout=timeout)
-    return group
-
-
-class _Group:
-    """A process group used by itself: it goes on working after ``destroy_process_group()``, for last messages."""
-
-    def __init__(self, members: Sequence[int], backend: str, timeout: timedelta) -> None:
-        self._members = sorted(members)
-        self._group = _new_group(self._members, backend, timeout)
-
-    def send(self, tensor: Tensor, receiver: int, tag: int) -> dist.Work:
-        return self._group.send([tensor], self._members.index(receiver), tag)
-
-    def receive(self, tensor: Tensor, sender: int, tag: int) -> dist.Work:
-        return self._group.recv([tensor], self._members.index(sender), tag)
-
-
 class Transport:
     """Point-to-point messages of one pipeline. Every rank of the pipeline makes it at the same point.
 
@@ -88,14 +56,14 @@ class Transport:
     ) -> None:
         self.ranks, self.device = list(ranks), device
         timeout = timedelta(seconds=timeout_seconds)
-        self._control = _Group(self.ranks, "gloo", timeout)
-        self._groups: dict[tuple[int, int], _Group] = {}
+        self._control = Group(self.ranks, "gloo", timeout)
+        self._groups: dict[tuple[int, int], Group] = {}
         self.rank = me = self.ranks.index(dist.get_rank())
         if device.type == "cuda" and "nccl" in str(dist.get_backend()):
             self._staged = False
             for link in sorted(set(links)):
                 if me in link:
-                    self._groups[link] = _Group([self.ranks[rank] for rank in link], "nccl", timeout)
+                    self._groups[link] = Group([self.ranks[rank] for rank in link], "nccl", timeout)
                     self._connect(*link, timeout)
         else:
             self._staged = device.type != "cpu"

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import re
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch.distributed
+from torch import Tensor
 
 from ..plan.action import Action
+from .device import Mark
 from .timeline import WAIT, Timeline
+
+AHEAD = 2
+"""Actions that the host may give the device before it has done the one before them."""
+FIRST_WINDOW = 5
+"""Times the usual limit that the device has for what is given to it in the first window, which compiles."""
+POLL_SECONDS = 5e-5
 
 
 class PipelineStallError(RuntimeError):
@@ -24,12 +34,32 @@ class Waitable(Protocol):
     def wait(self, timeout: timedelta) -> bool: ...
 
 
+class InStream:
+    """Work of a backend whose bare ``wait()`` makes the current stream wait, and not the host: NCCL's."""
+
+    def __init__(self, work: torch.distributed.Work) -> None:
+        self._work = work
+
+    def wait(self, timeout: timedelta) -> bool:
+        """The device waits; the host goes on. ``timeout`` is the watch's to keep."""
+        return self._work.wait()
+
+
+class _Given(NamedTuple):
+    """Something that the device was given to do, done when it comes to ``mark``."""
+
+    mark: Mark
+    what: str
+    action: Action | None
+    peer: int | None
+
+
 class Watch:
     """Bounds every wait of one rank, and remembers what the rank was doing.
 
     Args:
         rank: this rank in its pipeline.
-        timeout_seconds: the longest that one message may take.
+        timeout_seconds: the longest that one message may take, from when it is waited for.
         timeline: where waits are recorded.
     """
 
@@ -38,9 +68,13 @@ class Watch:
         self.timeout = timedelta(seconds=timeout_seconds)
         self.timeline = timeline or Timeline()
         self.last_done: Action | None = None
+        self.in_first_window = True
+        self._given: deque[_Given] = deque()
 
     def wait(self, work: Waitable, what: str, action: Action | None, peer: int, name: str | None = None) -> None:
         """Wait for ``work``, one wait with the whole timeout (an expired gloo wait closes its pair for good).
+
+        The device waits in place of the host where ``work`` is :class:`InStream`; then :meth:`keep_pace` raises.
 
         Args:
             what: what is done, for a message.
@@ -52,6 +86,50 @@ class Watch:
         """
         with self.guard(what, action, peer), self.timeline.span(name or str(action or what), WAIT):
             work.wait(self.timeout)
+            if isinstance(work, InStream):
+                self._given.append(_Given(self.timeline.device.mark(), what, action, peer))
+
+    def given(self, action: Action) -> None:
+        """The device has been given all of ``action``."""
+        if self.timeline.device.runs_ahead:
+            self._given.append(_Given(self.timeline.device.mark(), _COMPUTING, action, None))
+
+    def keep_pace(self, ahead: int = AHEAD) -> None:
+        """Before an action: let the device come so far that less than ``ahead`` others are to be done; 0: all is done.
+
+        The limit counts from here, and anew whenever something is done.
+
+        Raises:
+            PipelineStallError: when the device gets nothing done in time, or a transport says that it failed.
+        """
+        since, limit = time.monotonic(), self.timeout.total_seconds() * (FIRST_WINDOW if self.in_first_window else 1)
+        while self._given:
+            first = self._given[0]
+            with self.guard(first.what, first.action, first.peer):
+                if self.timeline.device.is_done(first.mark):
+                    self._given.popleft()
+                    since = time.monotonic()
+                    continue
+            if sum(given.what == _COMPUTING for given in self._given) < ahead:
+                return
+            if time.monotonic() - since > limit:
+                raise PipelineStallError(
+                    self._message(first.what, first.action, first.peer, f"timed out after {limit:g} s on the device")
+                )
+            time.sleep(POLL_SECONDS)
+        self.timeline.settle()
+
+    def fetch(self, tensor: Tensor, what: str) -> Tensor:
+        """The values of ``tensor`` on the CPU: the one way here to wait for the device, within the limit.
+
+        Raises:
+            PipelineStallError: as :meth:`keep_pace`.
+        """
+        copy = self.timeline.device.to_host(tensor)
+        if not copy.is_done():
+            self._given.append(_Given(self.timeline.device.mark(), what, self.last_done, None))
+            self.keep_pace(0)
+        return copy.values()
 
     @contextmanager
     def guard(self, what: str, action: Action | None, peer: int | None = None) -> Iterator[None]:
@@ -78,6 +156,7 @@ class Watch:
         return f"pipeline rank {self.rank}{stage}: {what}{whom} {why}; {done}. Transport: {error.splitlines()[0]}"
 
 
+_COMPUTING = "computing"
 _LATE = re.compile("timed? ?out", re.IGNORECASE)
 _TRANSPORT = re.compile(r"gloo|nccl|socket|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor
+
+from .torch_private import keep_versions
 
 
 def live_update(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
@@ -20,4 +21,4 @@ def live_update(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
     Every backward of a graph built before it then uses the updated values. The context remembers the
     version counters it was made with: make a new one for every step.
     """
-    return torch.autograd._unsafe_preserve_version_counter(tuple(parameters))
+    return keep_versions(parameters)

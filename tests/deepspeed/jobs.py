@@ -19,8 +19,10 @@ import amdp_plugin
 import amdp_plugin.deepspeed.entry
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.serial import SerialPipeline
+from tests import devices
 from tests.processes import run_ranks
 from tests.runtime.models import KINDS, OPTIMIZERS, ROWS, Plain, Recomputed, data, loss
+from tests.runtime.pipelines import placed
 
 # What every rank would do anew: build (the first time ever) and load an extension, try which others would build.
 build_shm_op()
@@ -129,7 +131,7 @@ def build_layers(job: Job) -> list[nn.Module]:
 def make_engine(rank: int, job: Job, **arguments: Any) -> Any:
     """The engine of ``job`` on this rank, with the rank's own random state."""
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed("gloo")
+        deepspeed.init_distributed(devices.backend())
     settings = {"loss_fn": loss, "partition_method": "uniform", "num_stages": job.stages, **job.module}
     module = PipelineModule(build_layers(job), **settings)
     parameters = list(module.parameters())
@@ -145,7 +147,7 @@ def weights(engine: Any) -> dict[int, dict[str, Tensor]]:
     """A copy of this rank's stages, the engine's own first."""
     modules = {engine.stage_id: engine.module, **getattr(engine, "guests", {})}
     return {
-        stage: {key: value.detach().clone() for key, value in module.state_dict().items()}
+        stage: {key: value.detach().to("cpu", copy=True) for key, value in module.state_dict().items()}
         for stage, module in modules.items()
     }
 
@@ -200,7 +202,7 @@ def oracle(
 ) -> tuple[SerialPipeline, list[float]]:
     """The oracle of ``job``, trained, and the losses of its windows."""
     pipeline = make_oracle(job, make_optimizer, **options)
-    return pipeline, pipeline.train(data(job.dtype), job.windows)
+    return pipeline, pipeline.train(placed(job.dtype), job.windows)
 
 
 def make_oracle(
@@ -209,7 +211,7 @@ def make_oracle(
     **options: Any,
 ) -> SerialPipeline:
     """The oracle of ``job``, from its first weights."""
-    layers = build_layers(job)
+    layers = [layer.to(devices.device()) for layer in build_layers(job)]
     parts = [layers[start : start + job.layers_per_stage] for start in range(0, len(layers), job.layers_per_stage)]
     section = job.schedule if isinstance(job.schedule, dict) else {"name": job.schedule}
     schedule = make(**section, num_stages=job.stages, micro_batches=job.size)
@@ -222,6 +224,7 @@ def assert_same_weights(left: dict[str, Tensor], right: dict[str, Tensor], where
     """Bit for bit, in the order of the stage's tensors (their names differ between the oracle and DeepSpeed)."""
     assert len(left) == len(right)
     for key, one, other in zip(left, left.values(), right.values(), strict=True):
+        other = other.cpu()
         assert torch.equal(one, other), f"{where}: {key} differs by up to {(one - other).abs().max()}"
 
 

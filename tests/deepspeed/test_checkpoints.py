@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests import devices
 from tests.processes import run_ranks
-from tests.runtime.models import data
+from tests.runtime.pipelines import placed
 
 from .jobs import Job, assert_equals_oracle, assert_same, finish, make_engine, make_oracle, oracle, stream
 from .test_oracle import BF16, NON_REENTRANT, WARMUP
@@ -71,7 +72,7 @@ def test_saving_is_a_flush_to_the_oracle(tmp_path: Path) -> None:
     """What was in flight is cancelled and forwarded anew, random numbers included."""
     job = Job("paci", 3, 2)
     found = run_ranks(job.world, save_and_go_on, job, tmp_path)
-    pipeline, batches = make_oracle(job), data()
+    pipeline, batches = make_oracle(job), placed()
     pipeline.train(batches, HALF)
     losses = pipeline.train(batches, HALF)
     assert_equals_oracle(found, pipeline, losses)
@@ -153,7 +154,7 @@ def with_evaluation(rank: int, job: Job, often: bool) -> tuple[dict[str, Any], l
 def evaluated_by_the_oracle(job: Job, windows: int, micro_batches: int) -> float:
     """The mean loss with the weights after ``windows`` updates, without dropout."""
     pipeline, _ = oracle(replace(job, windows=windows))
-    batches, total = data(job.dtype), torch.zeros(())
+    batches, total = placed(job.dtype), devices.place(torch.zeros(()))
     with torch.no_grad():
         for number in range(500 + micro_batches):
             x, label = next(batches)

@@ -11,6 +11,7 @@ import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from torch import nn
 
+from tests import devices
 from tests.runtime.models import OPTIMIZERS, ROWS
 from tests.runtime.pipelines import AMDP_SHAPES
 
@@ -95,7 +96,7 @@ def test_clipping_is_by_the_norm_of_the_stage() -> None:
         norm = torch.stack([parameter.grad.norm() for parameter in parameters]).pow(2.0).sum().pow(0.5)
         assert norm > 0.05, "the case must clip"
         for parameter in parameters:
-            parameter.grad.mul_(torch.tensor([0.05]) / (norm + 1e-6))
+            parameter.grad.mul_(devices.place(torch.tensor([0.05])) / (norm + 1e-6))
 
     check(Job("paci", 3, 2, config={"gradient_clipping": 0.05}), before_step=clip)
 

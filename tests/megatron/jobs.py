@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from tests.devices import device
+
 SEQUENCE, VOCABULARY, ROWS = 8, 32, 2
 WEIGHT_DECAY = 0.1
 DROPOUT: dict[str, Any] = {"hidden_dropout": 0.1}
@@ -67,6 +69,10 @@ class Job:
         return replace(self, schedule=None)
 
     @property
+    def fp16(self) -> bool:
+        return bool(self.model.get("fp16"))
+
+    @property
     def distributed_optimizer(self) -> bool:
         return bool(self.optimizer.get("use_distributed_optimizer"))
 
@@ -105,7 +111,7 @@ class Job:
         """One stage, whose weights depend on the stage alone."""
         stage = parallel_state.get_pipeline_model_parallel_rank()
         torch.manual_seed(5 if self.tied and post_process else 5 + stage)
-        return GPTModel(
+        model: GPTModel = GPTModel(
             config or self.config(),
             self.layers(),
             vocab_size=VOCABULARY,
@@ -114,7 +120,8 @@ class Job:
             post_process=post_process,
             share_embeddings_and_output_weights=self.tied,
             pg_collection=pg_collection,
-        )
+        ).to(device())
+        return model
 
     def layers(self) -> Any:
         """The layers of one stage."""
@@ -132,7 +139,7 @@ class Job:
         while True:
             generator = torch.Generator().manual_seed(1000 + index * stride + (0 if self.alike else replica))
             length = self.lengths[index % len(self.lengths)]
-            tokens = torch.randint(VOCABULARY, (ROWS, length + 1), generator=generator)
+            tokens = torch.randint(VOCABULARY, (ROWS, length + 1), generator=generator).to(device())
             yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
             index += 1
 
@@ -150,8 +157,8 @@ class MarkedNorm(nn.LayerNorm):
 def run_model(model: Any, tokens: Tensor | None, labels: Tensor | None) -> Tensor:
     """One stage; ``tokens`` and ``labels`` [rows, length] are those that it needs."""
     rows, length = next((given.shape for given in (tokens, labels) if given is not None), (ROWS, SEQUENCE))
-    mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), 1)
-    output: Tensor = model(tokens, torch.arange(length).expand(rows, -1), mask, labels=labels)
+    mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool, device=device()), 1)
+    output: Tensor = model(tokens, torch.arange(length, device=device()).expand(rows, -1), mask, labels=labels)
     return output
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from amdp_plugin.megatron.stage_view import StageGroup, acting_as
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.settings import read_schedule
+from tests.devices import on_gpu
 from tests.processes import run_ranks
 
 from .jobs import Job, masked_report, report, run_model
@@ -34,7 +35,7 @@ class OracleStage(nn.Module):
         groups.pp, groups.embd, groups.pos_embd = StageGroup(stage, job.pipeline), None, None
         with acting_as(stage):
             module: Any = job.provider(stage == 0, stage == self.last, config=job.config(), pg_collection=groups)
-        self.module = module.bfloat16() if job.bf16 else module
+        self.module = module.bfloat16() if job.bf16 else module.half() if job.fp16 else module
 
     def __deepcopy__(self, memo: Any) -> OracleStage:
         """Megatron's modules hold process groups, which cannot be copied."""
@@ -69,10 +70,10 @@ def make_adam(job: Job, parameters: list[nn.Parameter]) -> torch.optim.Optimizer
     )
 
 
-def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any) -> dict[str, Any]:
+def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any, loss: Any = oracle_loss) -> dict[str, Any]:
     initialize(replace(job, pipeline=1, tensor=1))
     settings = read_schedule(job.schedule, "the test")
-    meet = job.clip > 0 or job.tied
+    meet = job.clip > 0 or job.tied or job.fp16
     schedule = settings.make(job.pipeline, job.micro_batches, meet)
     stages = [OracleStage(job, stage) for stage in range(job.pipeline)]
     if job.tied:  # Megatron lets the last stage take it from the first when it builds them
@@ -80,11 +81,11 @@ def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any) -> dict[st
     pipeline = SerialPipeline(
         stages,
         partial(make_adam, job),
-        oracle_loss,
+        loss,
         schedule,
         costs=settings.costs(job.pipeline),
         seeds=[100 + stage for stage in range(job.pipeline)],
-        master_dtype=torch.float32 if job.bf16 else None,
+        master_dtype=torch.float32 if job.bf16 or job.fp16 else None,
         before_step=before_step,
     )
     batches, losses = all_replicas(job), []
@@ -125,6 +126,12 @@ def all_replicas(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
 
 def nothing(parameters: Any) -> None:
     """No clipping."""
+
+
+def comparable(job: Job) -> Job:
+    """``job``, or, on a GPU, the same without dropout: Megatron's draws there from a generator that the oracle, which
+    is one process, does not keep for each rank."""
+    return replace(job, model={**job.model, "hidden_dropout": 0.0, "attention_dropout": 0.0}) if on_gpu() else job
 
 
 def oracle(job: Job, iterations: int = 4, before_step: Any = nothing, phases: Phases = ()) -> dict[str, Any]:

@@ -2,68 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import time
 from typing import Any
 
 import pytest
 
 from amdp_plugin.runtime.watch import PipelineStallError
+from tests.failures import TIMEOUT, assert_gone, assert_stuck, messages_of_others, train_until_broken
 from tests.processes import outcomes
 
 from .jobs import Job
 from .training import Trainer
 
-TIMEOUT = 2.0
-GRACE = 6.0
-"""Seconds beyond the timeout: a rank may wait for one that is itself waiting, on a machine with much else to do."""
-
 FORWARDS = 9
 
 
-def train(rank: int, job: Job, culprit: int, deed: str) -> tuple[str, float]:
-    """Train until something breaks: the message, and the seconds since the last window that was trained."""
+def train(rank: int, job: Job, deed: str | None) -> tuple[str, float]:
     trainer = Trainer(rank, job)
-    if rank == culprit and deed in DEEDS:
-        calls = iter(range(1000))
-        trainer.bare.register_forward_hook(lambda *_: DEEDS[deed]() if next(calls) == FORWARDS else None)
-    for window in range(20):
-        start = time.monotonic()
-        if rank == culprit and deed == "stay away" and window == 3:
-            freeze()
-            return "stayed away", 0.0
-        try:
-            trainer.train(1)
-        except PipelineStallError as error:
-            return str(error), time.monotonic() - start
-    raise AssertionError("nothing broke")
-
-
-def vanish() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def freeze() -> None:
-    time.sleep(TIMEOUT + GRACE)
-
-
-DEEDS = {"vanish": vanish, "freeze": freeze}
+    return train_until_broken(lambda: trainer.train(1), trainer.bare, deed, FORWARDS)
 
 
 def check(job: Job, culprit: int, deed: str) -> list[str]:
     """The messages of all ranks but ``culprit``."""
-    messages = []
-    for rank, (good, value) in enumerate(outcomes(job.world, train, job, culprit, deed, timeout=TIMEOUT + GRACE + 30)):
-        if rank == culprit:
-            continue
-        assert good, f"rank {rank} of {job.world}, {culprit} is the culprit: {value}"
-        message, seconds = value
-        assert seconds < TIMEOUT + GRACE, f"rank {rank} needed {seconds:.1f} s: {message}"
-        assert re.match(r"pipeline rank \d+", message) and "last action done here is" in message
-        messages.append(message)
-    return messages
+    return messages_of_others(job.world, train, job, culprit, deed)
 
 
 def job_of(name: str, stages: int, **more: Any) -> Job:
@@ -74,18 +34,13 @@ def job_of(name: str, stages: int, **more: Any) -> Job:
     ("name", "culprit"), [("paci", 0), ("paci", 2), ("paci", 3), ("1f1b", 1), ("amdp", 0), ("amdp", 2)]
 )
 def test_killed_peer(name: str, culprit: int) -> None:
-    """Its neighbours name it; whoever waits for them names them."""
-    messages = check(job_of(name, 4), culprit, "vanish")
-    assert all(re.search(r"with rank \d+ (failed|did not complete)", message) for message in messages), messages
-    assert any(f"with rank {culprit} failed: the peer is gone" in message for message in messages), messages
-    assert all(re.search(r"stage \d+, at \d+[FBRU]\d+", message) for message in messages), messages
+    assert_gone(check(job_of(name, 4), culprit, "vanish"), culprit)
 
 
 @pytest.mark.parametrize("deed", ["freeze", "stay away"])
 @pytest.mark.parametrize(("job", "culprit"), [(job_of("paci", 3), 1), (job_of("amdp", 4), 2)], ids=["paci", "amdp"])
 def test_stuck_peer(job: Job, culprit: int, deed: str) -> None:
-    messages = check(job, culprit, deed)
-    assert any(f"with rank {culprit} did not complete within {TIMEOUT:g} s" in message for message in messages)
+    assert_stuck(check(job, culprit, deed), culprit)
 
 
 @pytest.mark.parametrize("culprit", [0, 3])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .jobs import DISTRIBUTED, DROPOUT, Job
-from .oracle import assert_equals_oracle, oracle
+from .oracle import assert_equals_oracle, comparable, oracle
 from .test_stock import FULL, OVERLAP, SELECTIVE
 from .training import run
 
@@ -20,6 +20,7 @@ of the keys' biases are zero but for it)."""
 
 
 def check(job: Job, iterations: int = 4) -> list[dict[str, Any]]:
+    job = comparable(job)
     found = run(job, iterations)
     assert_equals_oracle(found, oracle(job, iterations))
     return found

@@ -163,7 +163,7 @@ def run(job: Job, iterations: int = 4) -> list[dict[str, Any]]:
 
 def copies(module: nn.Module) -> list[Tensor]:
     """Parameters of a module, cast or not, in their order."""
-    return [parameter.detach().clone() for parameter in module.parameters()]
+    return [parameter.detach().to("cpu", copy=True) for parameter in module.parameters()]
 
 
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

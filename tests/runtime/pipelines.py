@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.devices import RECEIVE_BUFFERS
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.channels import Channels
@@ -17,6 +19,7 @@ from amdp_plugin.runtime.plain import PlainWorker
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.runtime.transport import Transport
 from amdp_plugin.runtime.watch import Watch
+from tests import devices
 
 from .models import OPTIMIZERS, build_stages, data, loss
 
@@ -55,33 +58,42 @@ def make_channels(
     rank: int, stages: int, timeout_seconds: float = 30, keep_sent: int | None = None, **chosen: Any
 ) -> tuple[Channels, Watch]:
     watch = Watch(rank, timeout_seconds)
-    transport = Transport(range(stages), (), torch.device("cpu"), timeout_seconds)
+    transport = Transport(range(stages), (), devices.device(), timeout_seconds)
     return Channels(transport, watch, keep_sent=keep_sent or stages + 1, **chosen), watch
 
 
 def make_executor(
-    rank: int, case: Case, feed: Iterator[Any] | None = None, timeout_seconds: float = 30
+    rank: int,
+    case: Case,
+    feed: Iterator[Any] | None = None,
+    timeout_seconds: float = 30,
+    make_transport: Callable[[], Transport] | None = None,
+    gradient_buffers: int = RECEIVE_BUFFERS,
 ) -> tuple[Executor, PlainWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
+
+    def transport() -> Transport:
+        return Transport(range(case.stages), (), devices.device(), timeout_seconds)
+
+    make_transport = make_transport or transport
     planner = Planner(case.make(), case.costs())
     schedule, placement = planner.schedule, planner.schedule.placement
-    channels, watch = make_channels(rank, case.stages, timeout_seconds, keep_sent(schedule))
+    watch = Watch(rank, timeout_seconds)
+    channels = Channels(make_transport(), watch, keep_sent(schedule))
     built = build_stages(case.kind, case.stages, case.dtype)
-    modules = {stage: built[stage] for stage in placement.stages[rank]}
+    modules = {stage: built[stage].to(devices.device()) for stage in placement.stages[rank]}
     optimizers = {
         stage: OPTIMIZERS[case.optimizer](list(module.parameters()))
         for stage, module in modules.items()
         if placement.home(stage) == rank
     }
     reads = any(placement.is_end(rank, micro_batch) for micro_batch in range(placement.directions))
-    micro_batches = (data(case.dtype) if feed is None else feed) if reads else None
+    micro_batches = (placed(case.dtype) if feed is None else feed) if reads else None
     worker = PlainWorker(schedule, rank, modules, optimizers, loss, micro_batches)
     exchange = None
     if worker.replicas:
-        gradients, weights = (
-            Transport(range(case.stages), (), torch.device("cpu"), timeout_seconds) for _ in range(2)
-        )
-        exchange = Exchange(placement, worker.replicas, gradients, weights, watch)
+        gradients, weights = make_transport(), make_transport()
+        exchange = Exchange(placement, worker.replicas, gradients, weights, watch, gradient_buffers)
     torch.manual_seed(100 + rank)
     return Executor(planner, rank, worker, channels, watch, exchange), worker
 
@@ -89,7 +101,7 @@ def make_executor(
 def make_oracle(case: Case) -> SerialPipeline:
     """The same job in one process."""
     return SerialPipeline(
-        build_stages(case.kind, case.stages, case.dtype),
+        [stage.to(devices.device()) for stage in build_stages(case.kind, case.stages, case.dtype)],
         OPTIMIZERS[case.optimizer],
         loss,
         case.make(),
@@ -98,12 +110,17 @@ def make_oracle(case: Case) -> SerialPipeline:
     )
 
 
+def placed(dtype: torch.dtype = torch.float32, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """:func:`data`, on the device of this process."""
+    return ((devices.place(x), devices.place(y)) for x, y in data(dtype, count))
+
+
 def result(executor: Executor, worker: PlainWorker) -> dict[str, Any]:
     """What a rank ends with, for :func:`assert_equals_oracle`."""
     executor.quiesce()
     return {
         "weights": {
-            stage: {key: value.clone() for key, value in module.state_dict().items()}
+            stage: {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
             for stage, module in worker.modules.items()
         },
         "random": worker.streams.states(),
@@ -120,7 +137,7 @@ def assert_equals_oracle(found: list[dict[str, Any]], oracle: SerialPipeline) ->
         assert tuple(end["weights"]) == placement.stages[rank]
         for stage, weights in end["weights"].items():
             for key, value in oracle.replica(stage, rank).state_dict().items():
-                assert torch.equal(weights[key], value), f"rank {rank}, stage {stage}: {key}"
+                assert torch.equal(weights[key], value.cpu()), f"rank {rank}, stage {stage}: {key}"
         for direction, (state, expected) in enumerate(zip(end["random"], oracle.random_states[rank], strict=True)):
             assert torch.equal(state, expected), f"rank {rank}, direction {direction}: random state"
         own = [used for (stage, index), used in oracle.used.items() if placement.rank_of(stage, index) == rank]

@@ -49,9 +49,11 @@ def exchange_mixed(rank: int) -> list[Any]:
     if rank == 0:
         for index in range(5):
             channels.send(1, forward(index), mixed(index), returns=backward(index))
-        channels.expect(1, [backward(index) for index in range(5)])
+        for index in range(5):
+            channels.expect(1, backward(index))
         return [channels.receive(1, backward(index)) for index in range(5)]
-    channels.expect(0, [forward(index) for index in range(5)])
+    for index in range(5):
+        channels.expect(0, forward(index))
     received = [channels.receive(0, forward(index)) for index in range(5)]
     for index, tensors in enumerate(received):
         channels.send(0, backward(index), tuple(2 * t for t in tensors if t.is_floating_point()))
@@ -78,7 +80,8 @@ def exchange_in_another_order(rank: int) -> list[float]:
             channels.send(1, forward(index), (torch.full((1000,), float(index)),))
         channels.drain()
         return []
-    channels.expect(0, [forward(index) for index in range(5)])
+    for index in range(5):
+        channels.expect(0, forward(index))
     return [channels.receive(0, forward(index))[0].mean().item() for index in order]
 
 
@@ -95,9 +98,11 @@ def exchange_growing(rank: int, dynamic: bool) -> Any:
         except ValueError as error:
             channels.drain()
             return str(error)
-        channels.expect(1, [backward(index) for index in range(4)])
+        for index in range(4):
+            channels.expect(1, backward(index))
         return [tuple(channels.receive(1, backward(index))[0].shape) for index in range(4)]
-    channels.expect(0, [forward(index) for index in range(4)])
+    for index in range(4):
+        channels.expect(0, forward(index))
     shapes = []
     for index in range(4 if dynamic else 1):
         tensors = channels.receive(0, forward(index))

@@ -9,8 +9,7 @@ import pytest
 
 from tests.processes import run_ranks
 
-from .models import data
-from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, result
+from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, placed, result
 
 CASES = [
     Case("paci", 2, 2),
@@ -41,7 +40,7 @@ def test_quiesce_is_a_cut(case: Case) -> None:
     """Cancelling leaves weights, data and random state as if no forward had run ahead."""
     parts = (3, 1, 4)
     found = run_ranks(case.stages, train_and_quiesce, case, parts)
-    oracle, micro_batches = make_oracle(case), data()
+    oracle, micro_batches = make_oracle(case), placed()
     for windows in parts:
         oracle.train(micro_batches, windows)
     assert_equals_oracle(found, oracle)
@@ -62,7 +61,7 @@ class Parts:
 
 def train_to_the_end(rank: int, case: Case, counts: tuple[int, ...]) -> dict[str, Any]:
     ends = [0, *accumulate(counts)]
-    feed = Parts(*(islice(data(), first, last) for first, last in pairwise(ends)))
+    feed = Parts(*(islice(placed(), first, last) for first, last in pairwise(ends)))
     executor, worker = make_executor(rank, case, feed)
     windows = []
     while feed.parts:
@@ -82,14 +81,14 @@ def test_data_that_ends_loses_nothing(case: Case, rest: int) -> None:
     count, more = 3 * size + rest % size, 2 * size
     found = run_ranks(case.stages, train_to_the_end, case, (count, more))
     assert [end["windows"] for end in found] == [[3, 5]] * case.stages
-    oracle, micro_batches = make_oracle(case), data()
+    oracle, micro_batches = make_oracle(case), placed()
     oracle.train(micro_batches, 3)
     oracle.train(micro_batches, 2)
     assert_equals_oracle(found, oracle)
 
 
 def train_one_iterator_a_window(rank: int, case: Case, windows: int) -> dict[str, Any]:
-    feed = Parts(*(islice(data(), w * case.micro_batches, (w + 1) * case.micro_batches) for w in range(windows)))
+    feed = Parts(*(islice(placed(), w * case.micro_batches, (w + 1) * case.micro_batches) for w in range(windows)))
     executor, worker = make_executor(rank, case, feed)
     for _ in range(windows):
         executor.run_window()
@@ -101,7 +100,7 @@ def test_an_iterator_for_every_window() -> None:
     """What stock users may do: it trains on all data, and costs a flush a window."""
     case = Case("paci", 3, 2)
     found = run_ranks(3, train_one_iterator_a_window, case, 4)
-    oracle, micro_batches = make_oracle(case), data()
+    oracle, micro_batches = make_oracle(case), placed()
     for _ in range(4):
         oracle.train(micro_batches, 1)
     assert_equals_oracle(found, oracle)
@@ -121,7 +120,7 @@ def test_no_data_at_all() -> None:
 
 def train_on_unequal_data(rank: int, case: Case) -> str:
     count = 8 if rank == 0 else 5
-    executor, _ = make_executor(rank, case, islice(data(), count), timeout_seconds=5)
+    executor, _ = make_executor(rank, case, islice(placed(), count), timeout_seconds=5)
     try:
         for _ in range(4):
             executor.run_window()
@@ -141,6 +140,6 @@ def test_losses_belong_to_their_micro_batches() -> None:
     losses = run_ranks(3, train_and_quiesce, case, (4,))[-1]["losses"]
     assert sorted(losses) == list(range(8))
     assert len(set(losses.values())) == 8
-    means = make_oracle(case).train(data(), 4)
+    means = make_oracle(case).train(placed(), 4)
     measured = [(losses[2 * window] + losses[2 * window + 1]) / 2 for window in range(4)]
     assert measured == pytest.approx(means, rel=1e-6)

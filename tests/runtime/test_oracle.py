@@ -12,8 +12,7 @@ from amdp_plugin.plan.program import Program
 from amdp_plugin.plan.simulate import in_flight
 from tests.processes import run_ranks
 
-from .models import data
-from .pipelines import AMDP_SHAPES, Case, assert_equals_oracle, make_executor, make_oracle, result
+from .pipelines import AMDP_SHAPES, Case, assert_equals_oracle, make_executor, make_oracle, placed, result
 
 
 def train(rank: int, windows: int, case: Case) -> dict[str, Any]:
@@ -26,7 +25,7 @@ def train(rank: int, windows: int, case: Case) -> dict[str, Any]:
 def check(case: Case, windows: int = 5) -> list[dict[str, Any]]:
     found = run_ranks(case.stages, train, windows, case)
     oracle = make_oracle(case)
-    oracle.train(data(case.dtype), windows)
+    oracle.train(placed(case.dtype), windows)
     assert_equals_oracle(found, oracle)
     return found
 

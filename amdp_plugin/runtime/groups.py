@@ -1,0 +1,75 @@
+"""Process groups for messages of ours alone, which torch's list of groups does not know.
+
+``destroy_process_group()`` shuts down every group in that list, and ``torch.profiler`` expects of each what
+only torch's own functions note: ours serve last messages and leave traces alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .torch_private import default_store
+
+MAX_CHANNELS = 4
+"""Of NCCL, a message: each takes a multiprocessor from the stages' own work, for as long as it waits."""
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+_made: Counter[tuple[str, ...]] = Counter()
+
+
+class Group:
+    """A group that its members alone make; peers are named by their global ranks."""
+
+    def __init__(self, members: Sequence[int], backend: str, timeout: timedelta) -> None:
+        self._members = sorted(members)
+        key = (backend, *map(str, self._members))
+        _made[key] += 1
+        store = dist.PrefixStore(f"amdp_plugin {' '.join(key)} {_made[key]}", default_store())
+        make = _nccl if backend == "nccl" else _gloo
+        self._group = make(store, self._members.index(dist.get_rank()), len(self._members), timeout)
+
+    def send(self, tensor: Tensor, receiver: int, tag: int) -> dist.Work:
+        return self._group.send([tensor], self._members.index(receiver), tag)
+
+    def receive(self, tensor: Tensor, sender: int, tag: int) -> dist.Work:
+        return self._group.recv([tensor], self._members.index(sender), tag)
+
+
+def interface() -> str | None:
+    """The network interface for control messages: gloo's variable, else NCCL's first name, where it names one."""
+    gloo, nccl = (os.environ.get(variable, "").split(",")[0] for variable in INTERFACES)
+    if gloo or not nccl or nccl.startswith("^"):
+        return gloo or None
+    exact, name = nccl.startswith("="), nccl.removeprefix("=").split(":")[0]
+    names = sorted(os.listdir("/sys/class/net")) if os.path.isdir("/sys/class/net") else []
+    return name if exact or name in names else next((each for each in names if each.startswith(name)), name)
+
+
+def _gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+    name = interface()
+    gloo: Any = dist.ProcessGroupGloo  # its options are not in torch's annotations
+    options = gloo._Options()
+    try:
+        device = gloo.create_device(interface=name) if name else None
+        options._devices = [device or gloo.create_default_device()]
+        options._timeout = timeout
+        return gloo(store, rank, size, options)
+    except RuntimeError as error:
+        raise ValueError(
+            f"control messages cannot go over network interface {name or 'of the host name'}: set GLOO_SOCKET_IFNAME "
+            f"to an interface by which all ranks reach each other ({error})"
+        ) from error
+
+
+def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = MAX_CHANNELS
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, size, options)

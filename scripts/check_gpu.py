@@ -1,0 +1,197 @@
+"""Run what only GPUs can show, each part within a limit of its own, and write report.md and report.json.
+
+Parts are tests of this repository, on another device. scripts/check_gpu.sh calls this with the right Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+EXIT_FAILED, EXIT_NO_GPU = 1, 3
+PASSED, FAILED, NOT_POSSIBLE = "passed", "failed", "not possible here"
+
+
+@dataclass(frozen=True)
+class Part:
+    """``tests`` are arguments of pytest, ``device`` is one of tests/devices.py; it may take ``limit`` seconds."""
+
+    name: str
+    shows: str
+    limit: float
+    tests: tuple[str, ...]
+    device: str = "cuda"
+    gpus: int = 1
+
+
+@dataclass
+class Item:
+    """What became of one test, or of a part as a whole; ``figures`` are what it recorded."""
+
+    part: str
+    name: str
+    result: str
+    seconds: float = 0.0
+    reason: str = ""
+    figures: dict[str, str] = field(default_factory=dict)
+
+
+def selected(expression: str, *files: str) -> tuple[str, ...]:
+    return (*files, "-k", expression)
+
+
+SMALL = "test_paci or 4-4-options or bf16 or amdp_with or test_flushed or recomputation or zero_1"
+PARTS = (
+    Part("live-update", "delayed gradients use the new weights", 60, ("tests/gpu/test_live_update.py",)),
+    Part("device", "the oracle on CUDA is that on the CPU, to rounding", 120, ("tests/gpu/test_one_device.py",)),
+    Part(
+        "staged", "2 and 4 ranks on one device equal the oracle, late ranks and poisoned buffers included", 300,
+        ("tests/gpu/test_staged.py",),
+    ),
+    Part(
+        "deepspeed-stock", "1f1b is stock DeepSpeed: bf16, ZeRO-1, recomputation", 300,
+        selected("stock and not replicas", "tests/deepspeed/test_stock.py"),
+    ),
+    Part("deepspeed-oracle", "paci and amdp are the oracle", 240, selected(SMALL, "tests/deepspeed/test_oracle.py")),
+    Part(
+        "deepspeed-resume", "resumed and evaluated runs go on as if nothing had been", 180,
+        selected("(resumed or evaluation) and not ZeRO", "tests/deepspeed/test_checkpoints.py"),
+    ),
+    Part(
+        "megatron-stock", "1f1b is stock Megatron: bf16, fp16, recomputation", 240,
+        selected("stock and not parallel and not data", "tests/megatron/test_stock.py"),
+    ),
+    Part(
+        "megatron-oracle", "paci and amdp are the oracle (without dropout)", 180,
+        selected("test_paci or test_amdp", "tests/megatron/test_oracle.py"),
+    ),
+    Part(
+        "nccl", "ranks with a GPU each equal the oracle", 180, ("tests/gpu/test_staged.py",), device="nccl", gpus=2,
+    ),
+    Part(
+        "nccl-killed", "a killed rank ends the others with PipelineStallError", 60,
+        ("tests/runtime/test_channels.py::test_a_killed_rank_stops_all_others",), device="nccl", gpus=3,
+    ),
+)  # fmt: skip
+
+
+def run_part(part: Part, out: Path, gpus: int) -> list[Item]:
+    """The items of ``part``; its output is kept in ``out``."""
+    if gpus < part.gpus:
+        return [Item(part.name, part.name, NOT_POSSIBLE, reason=f"needs {part.gpus} GPUs, this machine has {gpus}")]
+    results, log = out / f"{part.name}.xml", out / f"{part.name}.log"
+    results.unlink(missing_ok=True)  # of an earlier run
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}",
+               *part.tests]  # fmt: skip
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "AMDP_TEST_DEVICE": part.device}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            code = process.wait(part.limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its ranks, too
+            process.wait()
+            reason = f"did not end within its limit of {part.limit:g} s; see {log.name}"
+            return [Item(part.name, part.name, FAILED, time.monotonic() - began, reason)]
+    items = read_results(part.name, results) if results.exists() else []
+    if not items or (code and all(item.result != FAILED for item in items)):
+        reason = f"pytest ended with {code} and {len(items)} results; see {log.name}"
+        items.append(Item(part.name, part.name, FAILED, time.monotonic() - began, reason))
+    return items
+
+
+def read_results(part: str, results: Path) -> list[Item]:
+    """What pytest's report (JUnit XML) says of every test."""
+    items = []
+    for case in ElementTree.parse(results).iter("testcase"):
+        item = Item(part, str(case.get("name")), PASSED, float(case.get("time", 0)))
+        for child in case:
+            if child.tag in ("failure", "error", "skipped"):
+                item.result = NOT_POSSIBLE if child.tag == "skipped" else FAILED
+                item.reason = str(child.get("message", ""))
+        item.figures = {str(each.get("name")): str(each.get("value")) for each in case.iter("property")}
+        items.append(item)
+    return items
+
+
+def write_report(out: Path, machine: str, items: Sequence[Item]) -> None:
+    """After every part, so that a machine that is taken away leaves what was found."""
+    (out / "report.json").write_text(json.dumps({"machine": machine, "items": list(map(asdict, items))}, indent=2))
+    head = "| part | item | result | s | figures, or why |"
+    lines = ["# Checked on GPUs", "", machine, "", head, "|---|---|---|---|---|"]
+    for item in items:
+        figures = ", ".join(f"{name} {value}" for name, value in item.figures.items())
+        remark = " ".join(f"{figures} {item.reason}".split()).replace("|", "/")[:300]
+        lines.append(f"| {item.part} | {item.name.replace('|', '/')} | {item.result} | {item.seconds:.1f} | {remark} |")
+    (out / "report.md").write_text("\n".join(lines) + "\n")
+
+
+def run_all(parts: Sequence[Part], out: Path, machine: str, gpus: int) -> int:
+    """Run ``parts``; the exit code is not 0 where an item failed."""
+    out.mkdir(parents=True, exist_ok=True)
+    items: list[Item] = []
+    for part in parts:
+        print(f"check_gpu: {part.name} (at most {part.limit:g} s): {part.shows}", flush=True)
+        found = run_part(part, out, gpus)
+        items += found
+        counts = Counter(item.result for item in found)
+        print("  " + ", ".join(f"{count} {result}" for result, count in counts.items()), flush=True)
+        write_report(out, machine, items)
+    print(f"check_gpu: {out / 'report.md'}")
+    return EXIT_FAILED if any(item.result == FAILED for item in items) else 0
+
+
+def choose(names: Sequence[str]) -> list[Part]:
+    """The parts of these names, all by default.
+
+    Raises:
+        ValueError: naming those that do not exist.
+    """
+    unknown = sorted(set(names) - {part.name for part in PARTS})
+    if unknown:
+        known = ", ".join(part.name for part in PARTS)
+        raise ValueError(f"--only: no part is named {', '.join(unknown)}; there are {known}")
+    return [part for part in PARTS if not names or part.name in names]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="folder of the report (%(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these parts alone")
+    parser.add_argument("--list", action="store_true", help="name all parts, and run none")
+    chosen = parser.parse_args(arguments)
+    try:
+        parts = choose(chosen.only)
+    except ValueError as error:
+        parser.error(str(error))
+    if chosen.list:
+        for part in parts:
+            print(f"{part.name:18} {part.gpus} GPU, {part.limit:4g} s  {part.shows}")
+        return 0
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if not torch.cuda.is_available() or gpus == 0:
+        print("check_gpu: torch sees no GPU on this machine, so nothing was checked", file=sys.stderr)
+        return EXIT_NO_GPU
+    version = ".".join(map(str, sys.version_info[:3]))
+    machine = f"{gpus} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return run_all(parts, chosen.out.resolve(), f"{machine}, Python {version}", gpus)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The device that the tests compute on. This is the one place that knows: ``pytest --device cuda``, or the variable.
+
+One GPU is shared by all ranks, which then talk over gloo; with ``--device nccl`` each rank has a GPU of its own. What
+a test states is the same on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+VARIABLE = "AMDP_TEST_DEVICE"
+"""Ranks inherit it; ``pytest --device`` sets it."""
+CHOICES = ("cpu", "cuda", "nccl")
+
+
+def choose(name: str) -> None:
+    """Let this process, and those that it starts, use ``name``. To be called before anything touches a device."""
+    if name not in CHOICES:
+        raise ValueError(f"{VARIABLE}={name!r}: use one of {', '.join(CHOICES)}")
+    os.environ[VARIABLE] = name
+    if name != "cpu":
+        # So that asking whether there is a GPU leaves a process able to fork.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it sums may come in another order
+
+
+def chosen() -> str:
+    """One of :data:`CHOICES`."""
+    return os.environ.get(VARIABLE, "cpu")
+
+
+def on_gpu() -> bool:
+    """Whether tests compute on GPUs."""
+    return chosen() != "cpu"
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """Of the process group."""
+    return "nccl" if chosen() == "nccl" else "gloo"
+
+
+def start_method() -> str:
+    """How ranks are started: a process that has used CUDA cannot be forked, so a server that never does forks them."""
+    return "forkserver" if on_gpu() else "fork"
+
+
+def local_rank(rank: int) -> int:
+    """The number of the GPU that ``rank`` uses; on the CPU its own number, as launchers set it."""
+    return 0 if chosen() == "cuda" else rank
+
+
+def settle_rank(rank: int) -> None:
+    """In a rank's process, before it does anything: its GPU, and sums in one order."""
+    if on_gpu():
+        torch.cuda.set_device(local_rank(rank))
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def place(value: Tensor) -> Tensor:
+    """``value`` where this process computes."""
+    return value.to(device())
+
+
+class Dropout(nn.Dropout):
+    """Draws on the CPU, whatever the device: the oracle keeps a stream of each rank's CPU generator, and no other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or not self.training:
+            return super().forward(x)
+        return x * nn.functional.dropout(torch.ones(x.shape, dtype=x.dtype), self.p).to(x.device)

@@ -1,0 +1,53 @@
+"""Ranks on GPUs equal the oracle bit for bit, though some are late and buffers that wait for use hold no numbers."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from amdp_plugin.runtime.channels import BufferPool
+from tests import devices
+from tests.processes import run_ranks
+from tests.runtime.pipelines import Case, assert_equals_oracle, make_executor, make_oracle, placed, result
+
+CASES = [Case("1f1b", 2, 4), Case("paci", 2, 2), Case("paci", 4, 2, "tuples"), Case("amdp", 2, 2), Case("amdp", 4, 4)]
+
+
+class PoisonedPool(BufferPool):
+    """What is received before it has come is not a number."""
+
+    def get(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        buffer = super().get(shape, dtype)
+        return buffer.fill_(float("nan")) if dtype.is_floating_point else buffer
+
+
+def train_late(rank: int, case: Case, windows: int) -> dict[str, Any]:
+    executor, worker = make_executor(rank, case)
+    assert executor._channels is not None
+    executor._channels._pool = PoisonedPool(devices.device())
+    chance = random.Random(rank)
+    for _ in range(windows):
+        for action in executor.open_window():
+            time.sleep(chance.random() * 0.005)
+            if devices.on_gpu():
+                torch.cuda._sleep(chance.randrange(2_000_000))  # cycles: the device, too, is late
+                if devices.chosen() == "nccl":
+                    torch.cuda.synchronize()  # as a layer, or an allocator's retry, may at any action
+            executor.execute(action)
+        executor.close_window()
+    return result(executor, worker)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.schedule}-{case.stages}")
+def test_late_ranks_equal_the_oracle(case: Case) -> None:
+    if devices.chosen() == "nccl" and torch.cuda.device_count() < case.stages:
+        pytest.skip(f"needs {case.stages} GPUs, there are {torch.cuda.device_count()}")
+    found = run_ranks(case.stages, train_late, case, 5)
+    oracle = make_oracle(case)
+    oracle.train(placed(case.dtype), 5)
+    assert_equals_oracle(found, oracle)

@@ -1,0 +1,127 @@
+"""fp16 where updates meet: Megatron's own loss scale is one number, and all stages skip the same windows."""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect
+from itertools import accumulate, pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.processes import run_ranks
+
+from .jobs import DISTRIBUTED, DROPOUT, Job
+from .oracle import assert_equals_oracle, oracle_loss, run_oracle
+from .test_stock import HALF
+from .training import Trainer, copies
+
+WINDOWS = 12
+FIRST_SCALE, HYSTERESIS, GROWTH_INTERVAL = 2.0**20, 2, 3
+FP16: dict[str, Any] = {
+    "model": {**HALF, **DROPOUT, "pipeline_dtype": torch.float16},
+    "ddp": {"grad_reduce_in_fp32": True},
+    "optimizer": {
+        **HALF, "initial_loss_scale": FIRST_SCALE, "hysteresis": HYSTERESIS, "loss_scale_window": GROWTH_INTERVAL
+    },
+}  # fmt: skip
+
+
+class LossScale:
+    """What Megatron's scale should do, on the oracle. Powers of two, so that scaling rounds nothing.
+
+    Attributes:
+        scales: after every window.
+        overflows: for every window the numbers of parameters, of all stages in a row, whose gradients are not finite.
+    """
+
+    def __init__(self) -> None:
+        self.scales: list[float] = [FIRST_SCALE]
+        self.overflows: list[list[int]] = []
+        self._patience, self._good = HYSTERESIS, 0
+
+    def loss(self, output: Any, labels: Tensor) -> Tensor:
+        """A backward takes the scale of its time: a forward may be of a window before the scale changed."""
+        loss = oracle_loss(output, labels)
+        loss.register_hook(lambda gradient: gradient * self.scales[-1])
+        return loss
+
+    def before_step(self, parameters: list[nn.Parameter]) -> None:
+        """Unscale; or leave the optimizers without gradients, so that they change nothing."""
+        gradients = [parameter.grad for parameter in parameters]
+        overflows = [number for number, each in enumerate(gradients) if each is not None and not each.isfinite().all()]
+        for parameter in parameters:
+            parameter.grad = None if overflows or parameter.grad is None else parameter.grad / self.scales[-1]
+        self.overflows.append(overflows)
+        self.scales.append(self._next(bool(overflows)))
+
+    def _next(self, overflow: bool) -> float:
+        if overflow:
+            self._patience, self._good = self._patience - 1, 0
+            return self.scales[-1] / 2 if self._patience <= 0 else self.scales[-1]
+        self._good += 1
+        if self._good < GROWTH_INTERVAL:
+            return self.scales[-1]
+        self._patience, self._good = HYSTERESIS, 0
+        return self.scales[-1] * 2
+
+
+def run_scaled_oracle(rank: int, job: Job) -> dict[str, Any]:
+    scale = LossScale()
+    result = run_oracle(rank, job, [(WINDOWS, job.micro_batches)], scale.before_step, scale.loss)
+    return {**result, "scales": scale.scales[1:], "overflows": scale.overflows}
+
+
+def train(rank: int, job: Job) -> dict[str, Any]:
+    """With the scale after every window, and whether the window changed weights or the optimizer's state."""
+    trainer = Trainer(rank, job)
+    scales, changed = [], []
+    for _ in range(WINDOWS):
+        before = trained(trainer)
+        trainer.train(1)
+        scales.append(float(trainer.optimizer.get_loss_scale()))
+        changed.append(not same(before, trained(trainer)))
+    return {**trainer.result(), "scales": scales, "changed": changed}
+
+
+def trained(trainer: Trainer) -> list[Any]:
+    """What an update changes here."""
+    inner = trainer.optimizer.optimizer
+    masters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    return copy.deepcopy([*copies(trainer.bare), *masters, *(dict(inner.state[each]) for each in masters)])
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return torch.equal(left, right) if isinstance(left, Tensor) else bool(left == right)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        Job("amdp", 4, 4, **FP16),
+        Job("amdp", 2, 2, **FP16),
+        Job("chimera", 2, 2, **FP16),
+        Job("amdp", 4, 4, **{key: {**value, **DISTRIBUTED.get(key, {})} for key, value in FP16.items()}),
+    ],
+    ids=["amdp, four stages", "amdp, two stages", "chimera", "amdp, distributed optimizer"],
+)
+def test_all_stages_skip_and_rescale_together(job: Job) -> None:
+    found = run_ranks(job.world, train, job)
+    [expected] = run_ranks(1, run_scaled_oracle, job)
+    skipped = [bool(overflow) for overflow in expected["overflows"]]
+    sizes = [len(held[stage]) for stage, held in enumerate(expected["weights"])]
+    ends = list(accumulate(sizes))
+    stages = [{bisect(ends, number) for number in overflow} for overflow in expected["overflows"]]
+    assert any(0 < len(each) < job.pipeline for each in stages), "some stages alone would have gone on"
+    assert any(after > before for before, after in pairwise(expected["scales"])), "the scale rises too"
+    assert_equals_oracle(found, expected)
+    for result in found:
+        assert result["scales"] == expected["scales"]
+        assert [norm is None for norm in result["norms"]] == skipped, "what the loop moves its learning rate by"
+        assert result["changed"] == [not each for each in skipped]

@@ -1,0 +1,183 @@
+"""The host goes on before a device is done, but not far, not for ever, and asks it nothing that waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from amdp_plugin.plan.action import Action
+from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.planner import Planner
+from amdp_plugin.plan.schedules import make
+from amdp_plugin.runtime.device import DEVICE_CLOCK, Host
+from amdp_plugin.runtime.executor import Executor
+from amdp_plugin.runtime.plain import PlainWorker
+from amdp_plugin.runtime.timeline import RUN, Event, Timeline
+from amdp_plugin.runtime.watch import AHEAD, FIRST_WINDOW, InStream, PipelineStallError, Watch
+
+
+class SlowDevice:
+    """Work is numbered as it is given; ``done`` says how far the device is. Every look lets it do ``pace`` more."""
+
+    clock, runs_ahead = DEVICE_CLOCK, True
+
+    def __init__(self, pace: int = 0) -> None:
+        self.given = self.done = self.most_behind = 0
+        self.pace, self.fetched = pace, 0
+
+    def mark(self) -> int:
+        self.given += 1
+        self.most_behind = max(self.most_behind, self.given - self.done)
+        return self.given
+
+    def is_done(self, mark: int) -> bool:
+        done = mark <= self.done
+        self.done = min(self.given, self.done + self.pace)
+        return done
+
+    def seconds(self, mark: int) -> float:
+        assert mark <= self.done, "CUDA refuses the time of an event that is not done"
+        return float(mark)
+
+    def to_host(self, tensor: Tensor) -> Any:
+        self.fetched += 1
+        device, mark = self, self.mark()
+
+        class Copy:
+            def is_done(self) -> bool:
+                return mark <= device.done
+
+            def values(self) -> Tensor:
+                assert self.is_done(), "read before it is there"
+                return tensor
+
+        return Copy()
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class BareWork:
+    """What NCCL's work does in a bare wait; with a timeout it would block the host."""
+
+    def __init__(self) -> None:
+        self.waits = 0
+
+    def wait(self) -> bool:
+        self.waits += 1
+        return True
+
+
+def watch_on(device: SlowDevice, timeout_seconds: float = 0.02) -> Watch:
+    watch = Watch(3, timeout_seconds, Timeline(device=device))
+    watch.in_first_window = False
+    return watch
+
+
+def test_times_are_read_when_the_device_is_through() -> None:
+    device = SlowDevice()
+    timeline = Timeline(device=device)
+    for name in ("0F0", "0F1"):
+        with timeline.span(name):
+            pass
+    assert not timeline.events and timeline.totals.run == 0
+    device.done = 3  # the second span has begun
+    timeline.settle()
+    assert list(timeline.events) == [Event("0F0", RUN, 1.0, 2.0)]
+    device.done = 4
+    timeline.settle()
+    assert [event.name for event in timeline.events] == ["0F0", "0F1"] and timeline.totals.run == 2.0
+
+
+def test_the_host_is_at_most_two_actions_ahead() -> None:
+    device = SlowDevice()
+    watch = watch_on(device)
+    for micro_batch in range(AHEAD):
+        watch.keep_pace()
+        watch.given(Action(0, "F", micro_batch))
+    with pytest.raises(PipelineStallError, match=r"stage 0, at 0F0: computing did not complete within 0.02 s"):
+        watch.keep_pace()
+    device.done = 1
+    watch.keep_pace()
+    with pytest.raises(PipelineStallError, match="at 0F1"):
+        watch.keep_pace(0)
+
+
+def test_a_message_that_does_not_come_is_named_and_the_host_does_not_block_on_it() -> None:
+    device, work = SlowDevice(), BareWork()
+    watch = watch_on(device)
+    watch.wait(InStream(work), "receiving", Action(1, "F", 7), 2)  # type: ignore[arg-type]
+    assert work.waits == 1
+    watch.given(Action(1, "F", 7))
+    watch.given(Action(1, "F", 8))
+    with pytest.raises(PipelineStallError, match=r"rank 3, stage 1, at 1F7: receiving with rank 2 did not complete"):
+        watch.keep_pace()
+
+
+def test_work_of_other_backends_is_waited_for_with_the_whole_timeout() -> None:
+    given = []
+
+    class Work:
+        def wait(self, timeout: timedelta) -> bool:
+            given.append(timeout)
+            return True
+
+    watch = watch_on(SlowDevice(), timeout_seconds=7)
+    watch.wait(Work(), "receiving", None, 0)
+    assert given == [timedelta(seconds=7)]
+
+
+def test_the_limit_counts_from_the_wait_and_the_first_window_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("amdp_plugin.runtime.watch.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("amdp_plugin.runtime.watch.time.sleep", lambda seconds: now.__setitem__(0, now[0] + 1))
+    watch = Watch(0, 10, Timeline(device=SlowDevice()))
+    watch.given(Action(0, "F", 0))
+    for first, limit in ((True, 10 * FIRST_WINDOW), (False, 10)):
+        now[0] += 1000  # given long ago: that does not count
+        watch.in_first_window, since = first, now[0]
+        with pytest.raises(PipelineStallError, match=f"timed out after {limit:g} s"):
+            watch.keep_pace(0)
+        assert now[0] - since == limit + 1
+
+
+def test_a_value_is_fetched_when_it_is_there_or_not_at_all() -> None:
+    assert float(watch_on(SlowDevice(pace=1)).fetch(torch.tensor(3.0), "reporting")) == 3
+    with pytest.raises(PipelineStallError, match="reporting did not complete"):
+        watch_on(SlowDevice()).fetch(torch.tensor(3.0), "reporting")
+
+
+def endless() -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield torch.ones(2, 3), torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize("device", [Host(), SlowDevice(pace=1)], ids=["host", "device"])
+def test_windows_on_a_device_ask_for_values_once_a_window(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values read by the host are counted where all ways to read them lead; the executor asks for none itself."""
+    asked = []
+    for name in ("item", "tolist", "__float__", "cpu"):
+        whole = getattr(Tensor, name)
+        monkeypatch.setattr(
+            Tensor, name, lambda self, *args, name=name, whole=whole: (asked.append(name), whole(self, *args))[1]
+        )
+    schedule = make("paci", 1, 4)
+    module = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    loss = torch.nn.functional.mse_loss
+    worker = PlainWorker(schedule, 0, {0: module}, {0: optimizer}, loss, endless())
+    watch = Watch(0, 5, Timeline(device=device))
+    executor = Executor(Planner(schedule, CostModel.relative(1)), 0, worker, None, watch)
+    executor.run_window()
+    asked.clear()
+    for _ in range(3):
+        executor.run_window()
+    assert asked == ["tolist"] * 3
+    if isinstance(device, SlowDevice):
+        # An action's span has two instants, its end one more.
+        assert 0 < device.most_behind <= 3 * (AHEAD + 1)

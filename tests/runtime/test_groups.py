@@ -1,0 +1,59 @@
+"""Groups of our own: out of torch's list, so that traces and last messages work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from amdp_plugin.runtime.groups import interface
+from amdp_plugin.runtime.transport import ACTIVATION_TAG, Transport
+
+from ..processes import run_ranks
+from .pipelines import Case, make_executor
+
+
+def _traced(rank: int) -> set[str]:
+    executor, _ = make_executor(rank, Case("1f1b", 2, 2))
+    with torch.profiler.profile() as trace:
+        executor.run_window()
+        executor.quiesce()
+    return {event.name for event in trace.events()}
+
+
+def _after_destroy(rank: int) -> float:
+    transport = Transport(range(2), (), torch.device("cpu"), 20)
+    dist.barrier()
+    dist.destroy_process_group()
+    try:
+        if rank == 0:
+            work, data = transport.send(torch.full((4,), 7.0), 1, ACTIVATION_TAG)
+            work.wait()
+            return float(data.sum())
+        incoming = transport.receive(torch.zeros(4), 0, ACTIVATION_TAG)
+        incoming.work.wait()
+        return float(incoming.finish().sum())
+    finally:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the helper's own end
+
+
+def test_messages_outlive_the_jobs_groups() -> None:
+    assert run_ranks(2, _after_destroy, timeout=40) == [28.0, 28.0]
+
+
+@pytest.mark.parametrize(
+    ("gloo", "nccl", "expected"),
+    [("", "", None), ("eth7", "ib0", "eth7"), ("", "=ib0:1,ib1", "ib0"), ("", "^docker", None), ("", "l", "lo")],
+)
+def test_interface_follows_the_variables(monkeypatch: Any, gloo: str, nccl: str, expected: str | None) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", gloo)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", nccl)
+    assert interface() == expected
+
+
+def test_traces_hold_the_actions_names() -> None:
+    for rank, names in enumerate(run_ranks(2, _traced, timeout=60)):
+        actions = {f"{kind}{micro_batch}" for kind in (f"{rank}F", f"{rank}B") for micro_batch in range(2)}
+        assert any(action in name for name in names for action in actions), sorted(names)

@@ -1,0 +1,80 @@
+"""Ranks whose messages occupy their devices until they are received, synchronized after every action of all windows but
+the first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from amdp_plugin.plan.devices import gradient_buffers
+from amdp_plugin.plan.planner import Planner
+from amdp_plugin.plan.postings import Postings
+
+from ..processes import run_ranks
+from .models import data
+from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, result
+from .rendezvous import RendezvousTransport
+
+CASES = [
+    Case("1f1b", 3, 4),
+    Case("gpipe", 2, 3),
+    Case("paci", 4, 2, "tuples"),
+    Case("paci", 3, 6),
+    Case("chimera", 4, 4),
+    Case("amdp", 4, 8),
+    Case("amdp", 8, 8),
+]
+PARTS = (2, 1, 3)
+
+
+def train(rank: int, case: Case, timeout_seconds: float = 60) -> dict[str, Any]:
+    """Windows in several parts, with nothing in flight between them. In the first, shapes are not known yet, and
+    receives begin only when the sender has told them."""
+    transports: list[RendezvousTransport] = []
+
+    def transport() -> RendezvousTransport:
+        transports.append(RendezvousTransport(range(case.stages), timeout_seconds))
+        return transports[-1]
+
+    buffers = gradient_buffers(Planner(case.make(), case.costs()))
+    executor, worker = make_executor(rank, case, None, timeout_seconds, transport, buffers)
+    for windows in PARTS:
+        for _ in range(windows):
+            for action in executor.open_window():
+                executor.execute(action)
+                for each in transports if executor.window else ():
+                    each.synchronize()
+            executor.close_window()
+        executor.quiesce()
+    return result(executor, worker)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.schedule}-{case.stages}-{case.micro_batches}")
+def test_a_device_may_be_synchronized_after_any_action(case: Case) -> None:
+    """No rank waits for ever, and all compute what the oracle says."""
+    found = run_ranks(case.stages, train, case)
+    oracle, micro_batches = make_oracle(case), data(case.dtype)
+    for windows in PARTS:
+        oracle.train(micro_batches, windows)
+    assert_equals_oracle(found, oracle)
+
+
+def train_receiving_at_once(rank: int, case: Case) -> str:
+    planned = Planner.postings
+
+    def at_once(planner: Planner, index: int, of_rank: int) -> Postings:
+        begun = planned(planner, index, of_rank)
+        return {None: tuple(message for received in begun.values() for message in received)}
+
+    Planner.postings = at_once  # type: ignore[method-assign]
+    try:
+        train(rank, case, timeout_seconds=2)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_the_model_shows_receives_that_begin_too_early() -> None:
+    """With them, the same ranks wait for each other: what the plan says is what keeps them from it."""
+    assert any("imed out" in error for error in run_ranks(4, train_receiving_at_once, Case("paci", 4, 4)))
