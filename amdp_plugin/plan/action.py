@@ -15,6 +15,7 @@ FORWARD = "F"
 BACKWARD = "B"
 REDUCE = "R"
 UPDATE = "U"
+KINDS = (FORWARD, BACKWARD, REDUCE, UPDATE)
 
 _NOTATION = re.compile(r"(\d+)([FBRU])(\d+)")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 
-from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
+from .action import BACKWARD, FORWARD, KINDS, REDUCE, UPDATE, Action
 from .costs import CostModel, ticks
 from .laws import PROGRESS, ProgramError, breach
 from .program import Program, Row
@@ -87,8 +87,7 @@ class ListScheduler:
         self.mean_forward = ticks(sum(costs.forward) / costs.num_stages)
         stages, ranks = range(schedule.num_stages), range(schedule.num_ranks)
         self.ticks = {
-            kind: [costs.action_ticks(Action(stage, kind, 0)) for stage in stages]
-            for kind in (FORWARD, BACKWARD, REDUCE, UPDATE)
+            kind: [costs.action_ticks(Action(stage, kind, 0)) for stage in stages] for kind in KINDS
         }
         self.holdings = [
             {stage: Holding(schedule, rank, stage) for stage in schedule.placement.stages[rank]} for rank in ranks
@@ -248,8 +247,8 @@ class ListScheduler:
             if (lane.forward_arrivals or not lane.stage) and lane.forwards - lane.backwards < lane.in_flight:
                 time, sent = lane.forward_arrivals[0] if lane.stage else (lane.freed_at, 0)
                 micro_batch = lane.direction + directions * lane.forwards
-                updated = holding.updates >= self.schedule.updates_before(micro_batch // size)
-                if time <= now and sent <= closed and updated:
+                waits = holding.updates < self.schedule.updates_before(micro_batch // size)
+                if time <= now and sent <= closed and not waits:
                     ready.append((Action(lane.stage, FORWARD, micro_batch), time))
         return ready
 

@@ -26,8 +26,8 @@ TRIAL_WINDOWS, FILLED_WINDOWS = 13, 3
 """Windows that a trial of a priority simulates, at most, and how many of them fill the pipeline and do not count. Some
 orders begin well and go wrong after ten windows."""
 TRIAL_STAGES = 16
-"""Stages of the pipeline that trials simulate, at most: an order that is fast on so many is fast on 64, where a trial
-would take as long as the whole plan."""
+"""Stages of the pipeline that trials simulate, at most: an order that is fast on so many is fast on 64, too, where each
+trial would take as long as the whole plan."""
 
 GOOD_ENOUGH = 1.01
 """Where windows take no longer than this many times the fastest found, the schedule that needs less memory is taken."""

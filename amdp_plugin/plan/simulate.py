@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .action import BACKWARD, FORWARD, Action
+from .action import BACKWARD, FORWARD, KINDS, Action
 from .costs import CostModel
 from .planner import Planner
 from .play import play
@@ -22,11 +22,16 @@ def simulate(program: Program, costs: CostModel) -> Timing:
     free_at = [0 for _ in program.rows]
     met: dict[int, int] = {}
 
-    def arrival(rank: int, place: Place) -> int:
-        return finish[place] + (link if place[0] != rank else 0)
+    stages = range(costs.num_stages)
+    work_of = {kind: [costs.action_ticks(Action(stage, kind, 0)) for stage in stages] for kind in KINDS}
 
     def ready(rank: int, action: Action) -> int:
-        return max([free_at[rank], *(arrival(rank, place) for place in schedule.dependencies(rank, action))])
+        time = free_at[rank]
+        for place in schedule.dependencies(rank, action):
+            arrival = finish[place] + (link if place[0] != rank else 0)
+            if arrival > time:
+                time = arrival
+        return time
 
     for rank, action in play(program):
         start = ready(rank, action)
@@ -36,7 +41,7 @@ def simulate(program: Program, costs: CostModel) -> Timing:
             if window not in met:
                 met[window] = max(ready(*place) for place in meeting) + costs.meeting_ticks(schedule.num_ranks)
             start = max(start, met[window])
-        work = costs.action_ticks(action) if schedule.computes(rank, action) else 0
+        work = work_of[action.kind][action.stage] if schedule.computes(rank, action) else 0
         free_at[rank] = finish[rank, action] = start + work
         spans[rank].append((start, free_at[rank]))
     return Timing(program, costs, tuple(tuple(row) for row in spans))

@@ -47,9 +47,10 @@ class Timing:
         return self.window_end(last - 1) - (self.window_end(first - 1) if first else 0)
 
     def _last_backward(self, rank: int, window: int) -> int:
+        """A rank does one thing after the other, so that the last one in its row ends last."""
         size = self.program.schedule.micro_batches
-        return max(
+        return next(
             end
-            for action, (_, end) in zip(self.program.rows[rank], self.spans[rank], strict=True)
-            if action.kind == BACKWARD and action.window(size) == window
+            for action, (_, end) in zip(reversed(self.program.rows[rank]), reversed(self.spans[rank]), strict=True)
+            if action.kind == BACKWARD and action.index // size == window
         )

@@ -14,7 +14,7 @@ from ..plan.planner import Planner
 from .torch_private import set_timeout
 
 MEBIBYTE = 2**20
-NO_TEXT = ("priorities", "alternatives")
+NO_TEXT = ("priorities", "alternatives", "smaller")
 """Fields of a schedule that hold functions: what they lead to is in the program."""
 
 
