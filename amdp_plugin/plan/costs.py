@@ -97,9 +97,8 @@ class CostModel:
         """The costs of a like pipeline of fewer stages: those of stages at equal distances, both ends among them."""
         step = (self.num_stages - 1) / max(1, num_stages - 1)
         kept = [round(stage * step) for stage in range(num_stages)]
-        forward, backward, update = (
-            tuple(table[stage] for stage in kept) for table in (self.forward, self.backward, self.update)
-        )
+        tables = (self.forward, self.backward, self.update)
+        forward, backward, update = (tuple(table[stage] for stage in kept) for table in tables)
         return replace(self, forward=forward, backward=backward, update=update)
 
     @property

@@ -1,15 +1,17 @@
 """One planner for the whole family: windows of actions, on demand, for ever.
 
-All ranks that hold the same schedule and costs generate the same program. As soon as the state at the
+Planners of the same schedule and costs generate the same program. As soon as the state at the
 end of a window repeats, up to a shift in time and in micro-batches, the windows between repeat for ever
 and are no longer computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from math import ceil, inf
+from typing import NamedTuple
 
 from .action import BACKWARD, FORWARD, UPDATE, Action
 from .costs import CostModel
@@ -17,7 +19,7 @@ from .laws import ProgramError
 from .list_scheduler import ListScheduler, Window
 from .postings import Postings, postings, shifted
 from .program import Program, Row
-from .schedule import Priority, Schedule
+from .schedule import Schedule
 
 ACTIONS_TO_EXAMINE = 100_000
 """How many actions are generated, at most, in the search for the windows that repeat for ever."""
@@ -38,6 +40,13 @@ HOPELESS = 0.1
 after two, and so on."""
 
 
+class Choice(NamedTuple):
+    """What trials found best: the place of a schedule among the alternatives and itself, and of one of its orders."""
+
+    candidate: int
+    order: int
+
+
 class Planner:
     """Yields the windows of ``schedule`` under ``costs`` (equal stages, backward = 2 forwards, by default).
 
@@ -47,12 +56,13 @@ class Planner:
 
     Args:
         schedule: what to plan. Where it has alternatives, the attribute ``schedule`` is the one chosen.
+        choice: what to take of it, where that was found before; by default it is found by trial.
 
     Raises:
         ValueError: when ``costs`` are of another number of stages.
     """
 
-    def __init__(self, schedule: Schedule, costs: CostModel | None = None) -> None:
+    def __init__(self, schedule: Schedule, costs: CostModel | None = None, choice: Choice | None = None) -> None:
         self.costs = costs or CostModel.uniform(schedule.num_stages)
         if self.costs.num_stages != schedule.num_stages:
             raise ValueError(f"costs of {self.costs.num_stages} stages for a schedule of {schedule.num_stages}")
@@ -61,8 +71,18 @@ class Planner:
         self._windows: list[Window] = []
         self._states: dict[object, int] = {}
         self._postings: dict[int, tuple[Postings, ...]] = {}
-        self.schedule, priority = _choose(schedule, self.costs)
-        self._list_scheduler = ListScheduler(self.schedule, self.costs, priority)
+        self.choice = choice or _choose(schedule, self.costs)
+        self.schedule = _candidates(schedule)[self.choice.candidate]
+        self._list_scheduler = ListScheduler(self.schedule, self.costs, self.schedule.priorities[self.choice.order])
+
+    @classmethod
+    def from_windows(
+        cls, schedule: Schedule, costs: CostModel, choice: Choice, windows: Sequence[Window], period: int
+    ) -> Planner:
+        """The planner of a program that is known: ``windows``, of which the last ``period`` repeat for ever."""
+        planner = cls(schedule, costs, choice)
+        planner._windows, planner.period = list(windows), period
+        return planner
 
     def row(self, index: int, rank: int) -> Row:
         """What ``rank`` does in window ``index``."""
@@ -121,20 +141,17 @@ class Planner:
             self._states.clear()
 
 
-def _choose(schedule: Schedule, costs: CostModel) -> tuple[Schedule, Priority]:
-    """The first alternative that is good enough, or ``schedule``, and the order under which it is fastest; of a deep
-    pipeline, what stands where the choice for a smaller one does."""
+def _choose(schedule: Schedule, costs: CostModel) -> Choice:
+    """By trial; of a deep pipeline, what stands where the choice for a smaller one does."""
     candidates = _candidates(schedule)
     if len(candidates) == len(schedule.priorities) == 1:
-        return schedule, schedule.priorities[0]
+        return Choice(0, 0)
     if schedule.num_stages <= TRIAL_STAGES or schedule.smaller is None:
-        return _by_trial(schedule, costs)
-    smaller = schedule.smaller(TRIAL_STAGES)
-    tried = _candidates(smaller)
-    found, order = _by_trial(smaller, costs.sampled(smaller.num_stages))
-    share = tried.index(found) / max(1, len(tried) - 1)
-    chosen = candidates[ceil(share * (len(candidates) - 1))]
-    return chosen, chosen.priorities[found.priorities.index(order)]
+        return _by_trial(candidates, costs)
+    smaller = _candidates(schedule.smaller(TRIAL_STAGES))
+    found = _by_trial(smaller, costs.sampled(smaller[0].num_stages))
+    share = found.candidate / max(1, len(smaller) - 1)
+    return Choice(ceil(share * (len(candidates) - 1)), found.order)
 
 
 def _candidates(schedule: Schedule) -> tuple[Schedule, ...]:
@@ -142,30 +159,30 @@ def _candidates(schedule: Schedule) -> tuple[Schedule, ...]:
     return *schedule.alternatives, replace(schedule, alternatives=())
 
 
-def _by_trial(schedule: Schedule, costs: CostModel) -> tuple[Schedule, Priority]:
-    *alternatives, schedule = _candidates(schedule)
-    first = schedule.priorities[0]
+def _by_trial(candidates: Sequence[Schedule], costs: CostModel) -> Choice:
+    """The first candidate that is good enough, and the order under which it is fastest."""
     # What needs most memory is usually fastest: tried first, it shortens the trials of the others.
-    best, priority = _fastest(schedule, costs, inf)
-    found = [(best, schedule, priority or first)]
-    for alternative in reversed(alternatives):
-        pace, priority = _fastest(alternative, costs, best * GOOD_ENOUGH)
-        if priority is not None:
+    last = len(candidates) - 1
+    best, order = _fastest(candidates[last], costs, inf)
+    found = [(best, Choice(last, order or 0))]
+    for place in reversed(range(last)):
+        pace, order = _fastest(candidates[place], costs, best * GOOD_ENOUGH)
+        if order is not None:
             best = min(best, pace)
-            found.append((pace, alternative, priority))
-    return next((chosen, order) for pace, chosen, order in reversed(found) if pace <= best * GOOD_ENOUGH)
+            found.append((pace, Choice(place, order)))
+    return next(choice for pace, choice in reversed(found) if pace <= best * GOOD_ENOUGH)
 
 
 @lru_cache(maxsize=256)
-def _fastest(schedule: Schedule, costs: CostModel, limit: float) -> tuple[float, Priority | None]:
-    """(pace of a trial, priority) of the order under which windows follow each other fastest; the earlier one of
-    equals, ``None`` where all take ``limit`` or more."""
+def _fastest(schedule: Schedule, costs: CostModel, limit: float) -> tuple[float, int | None]:
+    """(pace of a trial, place among the priorities) of the order under which windows follow each other fastest; the
+    earlier one of equals, ``None`` where all take ``limit`` or more."""
     bound = AT_THE_BOUND * _busiest_share(schedule, costs)
-    fastest: Priority | None = None
-    for priority in schedule.priorities:
+    fastest: int | None = None
+    for place, priority in enumerate(schedule.priorities):
         pace = _trial(ListScheduler(schedule, costs, priority), limit)
         if pace < limit:
-            limit, fastest = pace, priority
+            limit, fastest = pace, place
         if limit <= bound:
             break
     return limit, fastest

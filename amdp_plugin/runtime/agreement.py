@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline tell each other at its start: that they run one program, and what memory it takes."""
+"""What the ranks of a pipeline tell each other at its start: the program that they run, and what memory it takes."""
 
 from __future__ import annotations
 
@@ -10,49 +10,94 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..plan.costs import CostModel
+from ..plan.handover import read, written
 from ..plan.planner import Planner
+from ..plan.schedule import Schedule
 from .torch_private import set_timeout
 
 MEBIBYTE = 2**20
 NO_TEXT = ("priorities", "alternatives", "smaller")
 """Fields of a schedule that hold functions: what they lead to is in the program."""
+PLANNING_RANK = 0
+"""The rank, in the group of the pipeline, that plans for all."""
+FAILED = -1
+"""Told instead of the length of a program: what follows is the reason why there is none."""
 
 
-def agree(planner: Planner, rank: int, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Make sure that all ranks of the pipeline are going to run one program.
+def plan_together(schedule: Schedule, costs: CostModel, group: dist.ProcessGroup, device: torch.device) -> Planner:
+    """The program that all ranks of the pipeline are going to run: the first one plans, the others receive it.
 
-    Compared are the windows up to those that repeat, or as many as are examined at a start, and what the schedule
-    says of itself: a schedule of somebody else may depend on the rank, or on chance, with one configuration.
+    Before, they compare their configurations and what the schedule says of itself: one of somebody else may depend on
+    the rank, or on chance. After, they compare what they hold. Where no repetition was seen, every rank makes the
+    windows under the order found, for it goes on by itself, and so shows that it would make the same.
 
     Raises:
         ValueError: on every rank, where they differ; they would wait for each other for ever, or mix up their
-            micro-batches. Where this rank has no program at all, its own error.
+            micro-batches. Also where the first rank finds no program.
     """
-    schedule, failure = planner.schedule, None
-    mine = repr((schedule.name, schedule.options, schedule.num_stages, schedule.micro_batches, planner.costs))
-    try:
-        program = _written_out(planner)
-    except ValueError as error:
-        program, failure = str(error), error  # the others are to hear of it, too
-    digest = int.from_bytes(sha256(f"{mine}\n{program}".encode()).digest()[:7], "big")
-    sums = torch.tensor([digest, -digest], device=device)
-    dist.all_reduce(sums, op=dist.ReduceOp.MAX, group=group)
+    mine = repr((schedule.name, schedule.options, schedule.num_stages, schedule.micro_batches, costs))
+    _compare(f"{mine}\n{_said(schedule)}".encode(), mine, group, device)
+    planner, failure, text = None, None, b""
+    if group.rank() == PLANNING_RANK:
+        try:
+            planner = Planner(schedule, costs)
+            text = written(planner)
+        except ValueError as error:
+            failure = error
+    text = _handed_over(str(failure).encode() if failure else text, failure is not None, group, device)
     if failure is not None:
         raise failure
+    held = text
+    if planner is None:
+        try:
+            planner = read(text, schedule, costs)
+            held = written(planner)
+        except ValueError as error:  # the others are to hear of it, too
+            failure, held = error, str(error).encode()
+    try:
+        _compare(held, mine, group, device)
+    except ValueError as error:
+        raise failure or error from None
+    assert planner is not None
+    return planner
+
+
+def _said(schedule: Schedule) -> str:
+    """What ``schedule`` and its alternatives say, as text that is the same in all processes."""
+    texts = [
+        repr([(each.name, getattr(said, each.name)) for each in fields(said) if each.name not in NO_TEXT])
+        for said in (*schedule.alternatives, schedule)
+    ]
+    return "\n".join([*texts, str(len(schedule.priorities))])
+
+
+def _handed_over(text: bytes, failed: bool, group: dist.ProcessGroup, device: torch.device) -> bytes:
+    """On every rank, the planning rank's ``text``. Raises ``ValueError`` with it on the others, where that failed."""
+    head = torch.tensor([len(text), FAILED if failed else 0], device=device)
+    dist.broadcast(head, group=group, group_src=PLANNING_RANK)
+    length, state = head.tolist()
+    leads = group.rank() == PLANNING_RANK
+    content = torch.frombuffer(bytearray(text), dtype=torch.uint8) if leads else torch.empty(length, dtype=torch.uint8)
+    content = content.to(device)
+    dist.broadcast(content, group=group, group_src=PLANNING_RANK)
+    received = content.cpu().numpy().tobytes()
+    if state == FAILED and not leads:
+        raise ValueError(received.decode())
+    return received
+
+
+def _compare(text: bytes, mine: str, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raise ``ValueError`` on every rank, with ``mine``, its configuration, where ``text`` is not the same on all."""
+    digest = int.from_bytes(sha256(text).digest()[:7], "big")
+    sums = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(sums, op=dist.ReduceOp.MAX, group=group)
     if sums.tolist() != [digest, -digest]:
         raise ValueError(
-            f"the ranks of the pipeline are configured for different programs, rank {rank} for {mine}: give all of "
-            "them the same configuration, and let nothing in a schedule of your own depend on the rank or on chance"
+            f"the ranks of the pipeline are configured for different programs, rank {group.rank()} for {mine}: give "
+            "all of them the same configuration, and let nothing in a schedule of your own depend on the rank or on "
+            "chance"
         )
-
-
-def _written_out(planner: Planner) -> str:
-    """The program, and what the schedule says of itself, as text that is the same wherever they are the same."""
-    schedule = planner.schedule
-    said = [(each.name, getattr(schedule, each.name)) for each in fields(schedule) if each.name not in NO_TEXT]
-    _, end = planner.steady_windows()
-    rows = [" ".join(map(str, row)) for index in range(end) for row in planner.window(index)]
-    return "\n".join([repr(said), str(planner.period), *rows])
 
 
 def bound_collectives(groups: Iterable[dist.ProcessGroup], timeout_seconds: float) -> None:

@@ -21,7 +21,7 @@ from ..plan.devices import RECEIVE_BUFFERS, gradient_buffers
 from ..plan.planner import Planner
 from ..plan.report import Report, report
 from ..plan.schedule import Schedule
-from .agreement import agree
+from .agreement import plan_together
 from .channels import Channels
 from .device import device_of
 from .exchange import Exchange, gradient_links, weight_links
@@ -188,9 +188,7 @@ class Pipeline:
     def _plan(self, schedule: Schedule) -> Planner:
         """The program, on which all ranks agree, before anything is made for it."""
         check_runnable(schedule)
-        planner = Planner(schedule, self._costs)
-        agree(planner, self.site.rank, self.site.group, self.site.device)
-        return planner
+        return plan_together(schedule, self._costs, self.site.group, self.site.device)
 
     def _make_transport(self, pairs: Iterable[tuple[int, int]]) -> Transport:
         site = self.site

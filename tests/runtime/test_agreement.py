@@ -1,4 +1,4 @@
-"""Ranks that would run different programs are told so at the start, all of them."""
+"""One rank plans for all, and ranks that would run different programs are told so at the start, all of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from amdp_plugin.plan import planner as planner_module
 from amdp_plugin.plan.action import Action
+from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.list_scheduler import ListScheduler, Window
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedule import Schedule
 from amdp_plugin.plan.schedules import make
-from amdp_plugin.runtime.agreement import agree
+from amdp_plugin.runtime.agreement import _said, plan_together
 from tests.processes import run_ranks
 
 Make = Callable[[int], Schedule]
@@ -37,6 +40,10 @@ def priority_of_the_rank(rank: int) -> Schedule:
     return replace(BASE, priorities=(turned,))
 
 
+def preload_by_trial(rank: int) -> Schedule:
+    return make("amdp", 4, 8, directions=2)
+
+
 def priority_of_chance(rank: int) -> Schedule:
     dice = random.Random(rank)
     return replace(BASE, priorities=(lambda action, since: (dice.random(), action),))
@@ -51,36 +58,99 @@ def bound_of_the_rank(rank: int) -> Schedule:
     return replace(BASE, max_gap=(1 + rank, 1, 1, 1))
 
 
-def failing_on_a_rank(rank: int) -> Schedule:
+def failing_on(failing: int, rank: int) -> Schedule:
     def late(action: Action, since: float) -> int:
-        return action.index if action.index < 12 or rank != 1 else {}[action.index]
+        return action.index if action.index < 12 or rank != failing else {}[action.index]
 
     return replace(BASE, priorities=(late,))
 
 
+def failing_on_the_first_rank(rank: int) -> Schedule:
+    return failing_on(0, rank)
+
+
+def failing_on_another_rank(rank: int) -> Schedule:
+    return failing_on(1, rank)
+
+
+def together(schedule: Schedule, costs: CostModel | None = None) -> Planner:
+    costs = costs or CostModel.uniform(schedule.num_stages)
+    return plan_together(schedule, costs, dist.group.WORLD, torch.device("cpu"))
+
+
 def attempt(rank: int, make_schedule: Make) -> str:
-    planner = Planner(make_schedule(rank))
     try:
-        agree(planner, rank, dist.group.WORLD, torch.device("cpu"))
+        together(make_schedule(rank))
     except ValueError as error:
         return str(error)
     return "agreed"
 
 
-def test_one_program_is_agreed_on() -> None:
-    assert run_ranks(4, attempt, same) == ["agreed"] * 4
+def planned(rank: int, make_schedule: Make) -> tuple[int, list[Window]]:
+    """(windows that this rank simulated, the first ones of its program)"""
+    count, run_window = 0, ListScheduler.run_window
+
+    def counted(list_scheduler: ListScheduler) -> Window:
+        nonlocal count
+        count += 1
+        return run_window(list_scheduler)
+
+    ListScheduler.run_window = counted  # type: ignore[method-assign]
+    planner = together(make_schedule(rank))
+    windows = [planner.window(index) for index in range(40)]
+    assert planner.period is not None
+    return count, windows
 
 
-@pytest.mark.parametrize(
-    "make_schedule", [priority_of_the_rank, priority_of_chance, limit_of_the_rank, bound_of_the_rank]
-)
-def test_what_depends_on_the_rank_or_on_chance_is_refused_on_all_ranks(make_schedule: Make) -> None:
+@pytest.mark.parametrize("make_schedule", [same, preload_by_trial, priority_of_the_rank, priority_of_chance])
+def test_one_rank_plans_and_all_hold_its_program(make_schedule: Make) -> None:
+    (first, windows), *others = run_ranks(4, planned, make_schedule)
+    assert first > 0 and [count for count, _ in others] == [0, 0, 0]
+    planner = Planner(make_schedule(0))
+    assert windows == [planner.window(index) for index in range(40)]
+    assert all(received == windows for _, received in others)
+
+
+def test_what_a_schedule_says_is_the_same_text_in_every_process() -> None:
+    """A function's own text has its address in it."""
+    for name in ("gpipe", "1f1b", "chimera", "paci", "amdp"):
+        assert " at 0x" not in _said(make(name, 4, 8))
+
+
+@pytest.mark.parametrize("make_schedule", [limit_of_the_rank, bound_of_the_rank])
+def test_what_a_schedule_says_of_itself_is_the_same_on_all_ranks_or_refused(make_schedule: Make) -> None:
     for rank, message in enumerate(run_ranks(4, attempt, make_schedule)):
         assert f"configured for different programs, rank {rank} for ('amdp', {{'directions': 2, 'preload': 1" in message
         assert "let nothing in a schedule of your own depend on the rank or on chance" in message
 
 
-def test_a_rank_without_a_program_says_why_and_the_others_hear_of_it() -> None:
-    found = run_ranks(4, attempt, failing_on_a_rank)
-    assert "amdp: the priority failing_on_a_rank.<locals>.late failed with KeyError: 1" in found[1]
-    assert all("different programs" in message for rank, message in enumerate(found) if rank != 1)
+def without_a_period(rank: int, make_schedule: Make) -> str:
+    """As :func:`attempt`, where too few windows are looked at for a repetition to be seen."""
+    planner_module.ACTIONS_TO_EXAMINE = 1
+    uneven = CostModel((1.0, 1.37, 0.731, 1.19), (2.0, 2.311, 1.73, 2.97), (0.01,) * 4, 0.173)
+    try:
+        planner = together(make_schedule(rank), uneven)
+    except ValueError as error:
+        return str(error)
+    assert planner.period is None
+    return str([planner.window(index) for index in range(8)])
+
+
+def test_where_nothing_repeats_every_rank_goes_on_by_itself_with_what_was_chosen() -> None:
+    first, *others = run_ranks(4, without_a_period, preload_by_trial)
+    assert first.startswith("[((Action") and others == [first] * 3
+
+
+@pytest.mark.parametrize("make_schedule", [priority_of_the_rank, priority_of_chance])
+def test_where_nothing_repeats_an_order_that_depends_on_the_rank_or_on_chance_is_refused(make_schedule: Make) -> None:
+    for rank, message in enumerate(run_ranks(4, without_a_period, make_schedule)):
+        assert f"configured for different programs, rank {rank} for ('amdp'" in message
+
+
+def test_what_fails_on_the_rank_that_plans_is_told_to_all() -> None:
+    for message in run_ranks(4, attempt, failing_on_the_first_rank):
+        assert "amdp: the priority failing_on.<locals>.late failed with KeyError: 1" in message
+
+
+def test_what_fails_where_nobody_plans_does_no_harm() -> None:
+    assert run_ranks(4, attempt, failing_on_another_rank) == ["agreed"] * 4
