@@ -11,8 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .groups import Group
+from .watch import InStream, Waitable
 
 ACTIVATION_TAG, GRADIENT_TAG, WEIGHT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG = range(1, 7)
+WATCHDOG = 10
+"""NCCL aborts the process after this many times the limit of a message, and counts from the beginning of a receive: until
+then a wait that is too long has raised its own error, in the first window too."""
 CONTROL_TAGS = 8
 """Control messages of direction ``d`` have their tag plus ``d * CONTROL_TAGS``: each has an order of its own."""
 
@@ -20,7 +24,7 @@ CONTROL_TAGS = 8
 class Incoming(NamedTuple):
     """A receive under way: when ``work`` is done ``landed`` holds the bytes, wanted in ``target``."""
 
-    work: dist.Work
+    work: Waitable
     landed: Tensor
     target: Tensor
 
@@ -63,7 +67,7 @@ class Transport:
             self._staged = False
             for link in sorted(set(links)):
                 if me in link:
-                    self._groups[link] = Group([self.ranks[rank] for rank in link], "nccl", timeout)
+                    self._groups[link] = Group([self.ranks[rank] for rank in link], "nccl", WATCHDOG * timeout)
                     self._connect(*link, timeout)
         else:
             self._staged = device.type != "cpu"
@@ -77,7 +81,7 @@ class Transport:
         else:
             group.receive(probe, self.ranks[sender], 0).wait(timeout)
 
-    def send(self, tensor: Tensor, receiver: int, tag: int) -> tuple[dist.Work, Tensor]:
+    def send(self, tensor: Tensor, receiver: int, tag: int) -> tuple[Waitable, Tensor]:
         """Start to send; the tensor that comes back must live, unchanged, until the work is done."""
         data = wire(tensor)
         if self._staged:
@@ -85,19 +89,24 @@ class Transport:
             pinned.copy_(data, non_blocking=True)
             torch.cuda.current_stream(self.device).synchronize()
             data = pinned
-        group = self._groups.get((self.rank, receiver), self._control)
-        return group.send(data, self.ranks[receiver], tag), data
+        link = self.rank, receiver
+        work = self._groups.get(link, self._control).send(data, self.ranks[receiver], tag)
+        return self._waitable(work, link), data
 
     def receive(self, target: Tensor, sender: int, tag: int) -> Incoming:
         """Start to receive into ``target``, contiguous and of the shape and dtype that are coming."""
         landed = wire(target)
         if self._staged:
             landed = torch.empty(landed.shape, dtype=landed.dtype, pin_memory=True)
-        group = self._groups.get((sender, self.rank), self._control)
-        work = group.receive(landed, self.ranks[sender], tag)
+        link = sender, self.rank
+        received = self._groups.get(link, self._control).receive(landed, self.ranks[sender], tag)
+        work = self._waitable(received, link)
         if not self._staged:
             return Incoming(work, target, target)
         return Incoming(work, landed.view(torch.bool) if target.dtype == torch.bool else landed, target)
+
+    def _waitable(self, work: dist.Work, link: tuple[int, int]) -> Waitable:
+        return InStream(work) if link in self._groups else work
 
     def send_control(self, values: Tensor, receiver: int, tag: int) -> tuple[dist.Work, Tensor]:
         """Start to send a small CPU tensor, beside the tensors' own order."""
