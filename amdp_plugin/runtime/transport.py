@@ -15,8 +15,8 @@ from .watch import InStream, Waitable
 
 ACTIVATION_TAG, GRADIENT_TAG, WEIGHT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG = range(1, 7)
 WATCHDOG = 10
-"""NCCL aborts the process after this many times the limit of a message, and counts from the beginning of a receive: until
-then a wait that is too long has raised its own error, in the first window too."""
+"""NCCL aborts the process after this many times the limit of a message, counted from when a receive begins. Until then
+a wait that is too long has raised its own error, in the first window too."""
 CONTROL_TAGS = 8
 """Control messages of direction ``d`` have their tag plus ``d * CONTROL_TAGS``: each has an order of its own."""
 
