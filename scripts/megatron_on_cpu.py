@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 scripts/megatron_on_cpu.py path/to/pretrain_gpt.py ...
     torchrun --nproc-per-node 2 scripts/megatron_on_cpu.py -m amdp_plugin.megatron path/to/pretrain_gpt.py ...
 
-runs a script of Megatron-LM as ``python`` would, or through a launcher that takes it. Scripts on megatron-core alone
-call :func:`install` first. Where there is CUDA nothing is replaced.
+runs a script of Megatron-LM as ``python`` would, or through a launcher that takes it, with options of its own before
+it (``-m amdp_plugin.megatron --record DIR path/to/pretrain_gpt.py``). Scripts on megatron-core alone call
+:func:`install` first. Where there is CUDA nothing is replaced.
 
 Megatron has no CPU backend: it asks ``torch.cuda`` for its device, its generator and its streams, and writes
 ``device="cuda"``. What is replaced below is what training needs, and no more. The job's configuration has to do its
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-USAGE = "usage: megatron_on_cpu.py [-m LAUNCHER] SCRIPT [ARGUMENT ...]"
+USAGE = "usage: megatron_on_cpu.py [-m LAUNCHER [OPTION ...]] SCRIPT [ARGUMENT ...]"
 EXIT_USAGE = 2
 FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros", "zeros_like")
 """Functions of torch that Megatron calls with ``device="cuda"``, or with pinned memory."""
@@ -203,15 +204,18 @@ def _keep_main_to_this_process() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run ``SCRIPT ARGUMENT ...``, or ``-m LAUNCHER SCRIPT ARGUMENT ...``, on stand-ins where there is no CUDA."""
+    """Run ``SCRIPT ARGUMENT ...``, or ``-m LAUNCHER OPTION ... SCRIPT ARGUMENT ...``, on stand-ins where there is no
+    CUDA."""
     launcher = None
     if arguments[:1] == ["-m"]:
         launcher, arguments = "".join(arguments[1:2]), arguments[2:]
-    if not arguments or not os.path.isfile(arguments[0]):
-        what = f"there is no file {arguments[0]}" if arguments else "which script?"
+    script = "".join(arguments[:1])
+    if launcher is not None:  # whose options may have values: the script is known by its name
+        script = next((word for word in arguments if word.endswith(".py")), script)
+    if not os.path.isfile(script):
+        what = f"there is no file {script}" if script else "which script?"
         print(f"megatron_on_cpu.py: {what}\n{USAGE}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE)
-    script = arguments[0]
     install()  # while sys.path leads to pip's megatron-core: that of a checkout is not compiled
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     if install_for_megatron_lm():

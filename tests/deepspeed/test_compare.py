@@ -23,6 +23,7 @@ from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedule import Schedule
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.simulate import simulate, steady_state
+from amdp_plugin.runtime.device import HOST_CLOCK
 from amdp_plugin.runtime.timeline import RUN, WAIT, Event
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ RESULT_KEYS = {
     "seconds_per_step", "tokens_per_second", "samples_per_second", "ratio", "predicted_ratio",
     "predicted_seconds_per_step", "waiting_share_by_rank", "running_share_by_rank", "peak_in_flight_by_rank",
     "memory_by_rank", "largest_gap", "first_train_loss", "final_train_loss", "final_validation_loss", "others_cores",
-    "measured_options", "costs", "losses", "evaluations",
+    "clock", "turns", "ratio_by_turn", "measured_options", "costs", "losses", "evaluations",
 }  # fmt: skip
 COSTS = CostModel((0.2, 0.3, 0.4, 0.5), (0.9, 0.8, 0.7, 0.6), (0.05, 0.06, 0.07, 0.08), link_latency=0.01)
 WINDOWS = 30
@@ -89,6 +90,7 @@ def check_result(result: dict[str, Any]) -> None:
     assert (stock["engine"], stock["schedule"], stock["largest_gap"]) == (STOCK, "1f1b", 0)
     assert (paci["engine"], paci["schedule"], paci["largest_gap"]) == (OURS, "paci", 1)
     assert stock["ratio"] == stock["predicted_ratio"] == 1.0
+    assert stock["clock"] == paci["clock"] == HOST_CLOCK
     assert paci["predicted_ratio"] > 0.0
     assert stock["peak_in_flight_by_rank"] == paci["peak_in_flight_by_rank"] == [2, 1]
     # Training keeps the same, whatever is in flight.

@@ -15,10 +15,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from amdp_plugin.compare.recording import OURS, STOCK, read_records
 
 ROOT = Path(__file__).parents[2]
 CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
@@ -54,11 +57,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def run(folder: Path, grid: str, schedule: str, *more: str) -> str:
-    """The output of a job that ended well."""
+def run(folder: Path, grid: str, schedule: str, *more: str, options: Sequence[str | Path] = ()) -> str:
+    """The output of a job that ended well; ``options`` are the launcher's."""
     processes, pipeline, tensor = GRIDS[grid]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    script = [ROOT / "scripts" / "megatron_on_cpu.py", "-m", "amdp_plugin.megatron", folder / "pretrain_gpt.py"]
+    stand_ins = ROOT / "scripts" / "megatron_on_cpu.py"
+    script = [stand_ins, "-m", "amdp_plugin.megatron", *options, folder / "pretrain_gpt.py"]
     sizes = ["--pipeline-model-parallel-size", str(pipeline), "--tensor-model-parallel-size", str(tensor)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -128,3 +132,17 @@ def test_checkpoints_pass_between_stock_and_paci(folder: Path, tmp_path: Path) -
         saved = run(folder, "PP2", first, *quiet, "--save", str(tmp_path / first))
         loaded = run(folder, "PP2", second, *quiet, "--load", str(tmp_path / first))
         assert evaluations(loaded)[-2:] == evaluations(saved)[-2:]
+
+
+@pytest.mark.parametrize(("schedule", "engine"), [("stock", STOCK), ("amdp", OURS)])
+def test_a_recorded_job_is_the_same_job(folder: Path, schedule: str, engine: str, tmp_path: Path) -> None:
+    """Every rank writes all its iterations; the last stage's losses are those that Megatron prints."""
+    output = run(folder, "PP2", schedule, options=["--record", tmp_path])
+    assert losses(output) == losses(stock(folder, "PP2") if schedule == "stock" else run(folder, "PP2", schedule))
+    records = read_records(tmp_path)
+    assert [(record.rank, record.engine) for record in records] == [(0, engine), (1, engine)]
+    for record in records:
+        assert [step.step for step in record.steps] == list(range(1, ITERATIONS + 1))
+    told = [step.loss for step in records[-1].steps]
+    told[1] = (told[0] + told[1]) / 2  # as Megatron prints the second
+    assert told == pytest.approx([float(loss) for loss in losses(output).values()], rel=1e-5)

@@ -207,7 +207,15 @@ def test_tensors_and_random_numbers_of_the_device_are_those_of_the_cpu() -> None
     assert found["types"] == ["torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", torch.float64]
 
 
-@pytest.mark.parametrize(("arguments", "said"), [([], "which script?"), (["-m", "json.tool", "/no"], "no file /no")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "which script?"),
+        (["-m", "json.tool"], "which script?"),
+        (["-m", "json.tool", "/no"], "no file /no"),
+        (["-m", "amdp_plugin.megatron", "--record", "records", "/no.py", __file__], "no file /no.py"),
+    ],
+)
 def test_a_script_that_is_not_there_is_named(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ CASES = [
 PARTS = (2, 1, 3)
 
 
-def train(rank: int, case: Case, timeout_seconds: float = 60) -> dict[str, Any]:
+def train(rank: int, case: Case, buffers: int, timeout_seconds: float = 60) -> dict[str, Any]:
     """Windows in several parts, with nothing in flight between them. In the first, shapes are not known yet, and
     receives begin only when the sender has told them."""
     transports: list[RendezvousTransport] = []
@@ -37,7 +37,6 @@ def train(rank: int, case: Case, timeout_seconds: float = 60) -> dict[str, Any]:
         transports.append(RendezvousTransport(range(case.stages), timeout_seconds))
         return transports[-1]
 
-    buffers = gradient_buffers(Planner(case.make(), case.costs()))
     executor, worker = make_executor(rank, case, None, timeout_seconds, transport, buffers)
     for windows in PARTS:
         for _ in range(windows):
@@ -53,7 +52,7 @@ def train(rank: int, case: Case, timeout_seconds: float = 60) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.schedule}-{case.stages}-{case.micro_batches}")
 def test_a_device_may_be_synchronized_after_any_action(case: Case) -> None:
     """No rank waits for ever, and all compute what the oracle says."""
-    found = run_ranks(case.stages, train, case)
+    found = run_ranks(case.stages, train, case, gradient_buffers(Planner(case.make(), case.costs())))
     oracle, micro_batches = make_oracle(case), data(case.dtype)
     for windows in PARTS:
         oracle.train(micro_batches, windows)
@@ -69,7 +68,7 @@ def train_receiving_at_once(rank: int, case: Case) -> str:
 
     Planner.postings = at_once  # type: ignore[method-assign]
     try:
-        train(rank, case, timeout_seconds=2)
+        train(rank, case, 1, timeout_seconds=2)
     except RuntimeError as error:
         return str(error)
     return ""
