@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from textwrap import wrap
@@ -12,7 +12,7 @@ from typing import Any
 from .laws import PROGRESS, ProgramError
 from .planner import Planner
 from .program import Program
-from .schedule import Schedule
+from .schedule import Place, Schedule
 from .simulate import in_flight, simulate
 from .verify import verify
 from .versions import Version, versions
@@ -124,8 +124,8 @@ def report(planner: Planner, windows: int) -> Report:
     later = (last - first + _carried_windows(schedule)) if planner.period else 0
     first, last = (first + later, last + later)
     program = planner.program(last)
-    breach = _deadlock(program)
-    timing = simulate(program, planner.costs)
+    order, breach = _proof(program)
+    timing = simulate(program, planner.costs, order)
     found = versions(program)
     utilization, seconds = timing.utilization(first, last), timing.seconds_per_window(first, last)
     gaps = _gap_by_stage(schedule, found)
@@ -165,14 +165,14 @@ def _carried_windows(schedule: Schedule) -> int:
     return -(-max(schedule.in_flight) * schedule.placement.directions // schedule.micro_batches)
 
 
-def _deadlock(program: Program) -> str | None:
+def _proof(program: Program) -> tuple[Sequence[Place] | None, str | None]:
+    """(an order of its actions, ``None``), or (``None``, who waits for whom)."""
     try:
-        verify(program)
+        return verify(program), None
     except ProgramError as error:
         if error.law != PROGRESS.number:
             raise
-        return str(error)
-    return None
+        return None, str(error)
 
 
 def _gap_by_stage(schedule: Schedule, found: Mapping[tuple[int, int], Version]) -> tuple[int, ...]:

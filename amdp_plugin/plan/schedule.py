@@ -76,8 +76,9 @@ class Schedule:
         priorities: the orders to choose from, by trial under the costs at hand, what a rank starts.
         alternatives: like schedules that need less memory, the least first. A planner takes the first that is
             nearly as fast, under the costs at hand, as any of them and as this one, whose bounds hold for all.
-        smaller: makes the like schedule of at most so many stages, with windows in proportion and as many
-            priorities. On it a planner makes the trials of a deep pipeline; without it they are made as it is.
+        smaller: makes the like schedule of at most so many stages (an even number), with the same priorities and
+            with windows and alternatives in proportion. On it a planner makes the trials of a deep pipeline; without
+            it they are made at full depth.
         options: the options the schedule was made with, for reports.
 
     The name apart, these say, in order: what is done with each micro-batch and what that costs; how the stages

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .action import BACKWARD, FORWARD, KINDS, Action
 from .costs import CostModel
 from .planner import Planner
@@ -11,10 +13,11 @@ from .schedule import Place
 from .timing import Span, Timing
 
 
-def simulate(program: Program, costs: CostModel) -> Timing:
+def simulate(program: Program, costs: CostModel, order: Iterable[Place] | None = None) -> Timing:
     """The earliest times at which ``program``'s actions can run, every rank keeping to its row.
 
     An update of a meeting begins one message after the last rank has entered; what went before was waiting.
+    ``order`` is what :func:`.verify` returns, where it is known.
     """
     schedule, link = program.schedule, costs.link_ticks()
     finish: dict[Place, int] = {}
@@ -33,7 +36,7 @@ def simulate(program: Program, costs: CostModel) -> Timing:
                 time = arrival
         return time
 
-    for rank, action in play(program):
+    for rank, action in order or play(program):
         start = ready(rank, action)
         if meeting := schedule.meeting(rank, action):
             # Here the first of them to go on finds the others where they wait.

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .laws import BOUNDS, FLUSH, ORDER, PLACES, PROGRESS, WINDOWS, ProgramError, breach
 from .play import Stuck, play
 from .program import Program
+from .schedule import Place
 from .versions import versions
 
 
-def verify(program: Program) -> None:
+def verify(program: Program) -> Sequence[Place]:
     """Check every law on ``program``.
+
+    Returns:
+        The actions of all ranks in an order that their dependencies allow.
 
     Raises:
         ProgramError: at the first breach, with the rank-by-step grid around the cell.
     """
     _check_places(program)
     _check_updates(program)
-    _check_order(program)
+    order = _check_order(program)
     _check_messages(program)
     _check_bounds(program)
+    return order
 
 
 def _check_places(program: Program) -> None:
@@ -104,11 +110,10 @@ def _check_messages(program: Program) -> None:
                 raise breach(program, receiver, position, PROGRESS, what)
 
 
-def _check_order(program: Program) -> None:
+def _check_order(program: Program) -> Sequence[Place]:
     """Laws 2, 3 and 6: dependencies are met, and nothing waits for ever."""
     try:
-        for _ in play(program):
-            pass
+        return list(play(program))
     except Stuck as stuck:
         rank = _root(program, stuck)
         position, action, (owner, missing) = stuck.blocked[rank]

@@ -81,14 +81,15 @@ def amdp(
 def _smaller(
     num_stages: int, micro_batches: int, directions: int, preload: int | None, updates: str, at_most: int
 ) -> Schedule:
-    """In as many directions, where there is room for them."""
+    """In as many directions, where there is room for them. Longer windows than of two micro-batches a stage only take
+    longer to try: they want the same orders."""
     stages = at_most // 2 * 2
     directions = min(directions, stages // 2)
     stages = stages // directions * directions
     if stages % 2:
         stages -= directions
     share = stages / num_stages
-    per_direction = max(1, round(micro_batches * share / directions))
+    per_direction = max(1, round(min(micro_batches, 2 * num_stages) * share / directions))
     fewer = None if preload is None else round(preload * share)
     return amdp(stages, per_direction * directions, directions=directions, preload=fewer, updates=updates)
 
