@@ -35,6 +35,7 @@ import amdp_plugin
 from amdp_plugin.compare.machine import cores, describe, others_seconds
 from amdp_plugin.compare.measured import Run
 from amdp_plugin.compare.recording import STOCK, RankRecord, read_records
+from amdp_plugin.compare.table import by_rank
 from amdp_plugin.deepspeed.record import Recorder
 
 GROUP_TIMEOUT = timedelta(minutes=5)
@@ -177,11 +178,6 @@ def figures(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
 def speed(own: list[Run], others: list[Run]) -> float:
     """How many times as fast as another engine; the median over the repetitions."""
     return median(other.seconds_per_step / mine.seconds_per_step for mine, other in zip(own, others, strict=True))
-
-
-def by_rank(shares: list[list[float]]) -> list[float]:
-    """Medians over the repetitions."""
-    return [median(of_rank) for of_rank in zip(*shares, strict=True)]
 
 
 def costs_of(turns_of_engine: list[Run]) -> dict[str, float]:

@@ -102,13 +102,14 @@ def _medians(found: Sequence[Row]) -> Row:
         ratio_by_turn=[row.ratio for row in found],
         predicted_ratio=median(row.predicted_ratio for row in found),
         predicted_seconds_per_step=median(row.predicted_seconds_per_step for row in found),
-        waiting_share_by_rank=_by_rank([row.waiting_share_by_rank for row in found]),
-        running_share_by_rank=_by_rank([row.running_share_by_rank for row in found]),
+        waiting_share_by_rank=by_rank([row.waiting_share_by_rank for row in found]),
+        running_share_by_rank=by_rank([row.running_share_by_rank for row in found]),
         others_cores=max(others, default=None),
     )
 
 
-def _by_rank(shares: Sequence[Sequence[float]]) -> list[float]:
+def by_rank(shares: Sequence[Sequence[float]]) -> list[float]:
+    """Of every rank, the median over the turns; ``shares`` has a row for each turn."""
     return [median(of_rank) for of_rank in zip(*shares, strict=True)]
 
 
@@ -118,6 +119,7 @@ def _row(run: Run, baseline: Run) -> Row:
     # Micro-batches may differ in size: then an action takes time in proportion to it.
     size = (samples / first.micro_batches) / (baseline_samples / baseline.first.micro_batches)
     predicted, reference = size * run.predicted_seconds(costs), baseline.predicted_seconds(costs)
+    ratio = run.samples_per_second / baseline.samples_per_second
     predicted_ratio = (samples / predicted) / (baseline_samples / reference)
     return Row(
         name=run.name,
@@ -133,7 +135,7 @@ def _row(run: Run, baseline: Run) -> Row:
         seconds_per_step=run.seconds_per_step,
         tokens_per_second=run.tokens_per_second,
         samples_per_second=run.samples_per_second,
-        ratio=(ratio := run.samples_per_second / baseline.samples_per_second),
+        ratio=ratio,
         ratio_by_turn=[ratio],
         predicted_ratio=predicted_ratio,
         predicted_seconds_per_step=predicted,
