@@ -21,8 +21,10 @@ from .program import Row
 from .schedule import Schedule
 
 HOST_AHEAD = 2
-"""Actions that a host has issued, at most, and its device has not finished."""
-LEAST_PROVEN_WINDOWS = 4
+"""Actions that a host may have issued, at most, and its device not finished: when it issues one, the one so many before
+it is done."""
+PROVEN_WINDOWS = 4
+"""Windows that are proven, at most, from the first of those that repeat on; and those before."""
 RECEIVE_BUFFERS = 2
 """Guests of a stage whose gradients its home receives at once where nothing ever waits for a whole device."""
 STREAMS = {FORWARD: "pipeline", BACKWARD: "pipeline", REDUCE: "gradients", UPDATE: "weights"}
@@ -92,7 +94,7 @@ def gradient_buffers(planner: Planner) -> int:
     """
     schedule = planner.schedule
     first, after = planner.steady_windows()
-    count = min(after + 1, first + LEAST_PROVEN_WINDOWS)
+    count = min(after + 1, first + PROVEN_WINDOWS)
     windows = [planner.window(index) for index in range(count)]
     posted = [[planner.postings(index, rank) for rank in range(schedule.num_ranks)] for index in range(count)]
     most = max(len(holders) - 1 for holders in schedule.placement.holders)
@@ -242,7 +244,7 @@ def _causes(of_ranks: Sequence[Sequence[Step]], device: Device) -> Causes:
             causes[host] = [_Instant(operation, True) for operation, _ in step]
             if number:
                 causes[host].append(_Instant((rank, number - 1), True))
-            wait = number - (1 if device.synchronizes else HOST_AHEAD + 1)
+            wait = number - (1 if device.synchronizes else HOST_AHEAD)
             for operation, after in step:
                 start, end = _Instant(operation, False), _Instant(operation, True)
                 causes[start] = [_Instant(other, True) for other in after]

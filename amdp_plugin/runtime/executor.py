@@ -129,7 +129,7 @@ class Executor:
                 self.restart(self.window)
                 size = self.schedule.micro_batches
                 raise StopIteration(f"the data ends before the {size} micro-batches of window {self.window}")
-        self._expect_messages()
+        self._look_up_postings()
         self._read_ahead()
         self._begin_to_receive(None)
         early, self._early = self._early, []
@@ -183,7 +183,7 @@ class Executor:
         row = self.planner.row(self.window - self._base, rank)
         return [action.shifted(self._base, self.schedule.micro_batches) for action in row]
 
-    def _expect_messages(self) -> None:
+    def _look_up_postings(self) -> None:
         """Look up when this rank begins to receive what the others send to it in this window."""
         begun = self.planner.postings(self.window - self._base, self.rank)
         self._postings = shifted(begun, self._base, self.schedule.micro_batches)

@@ -14,11 +14,10 @@ import torch.distributed
 from torch import Tensor
 
 from ..plan.action import Action
+from ..plan.devices import HOST_AHEAD
 from .device import Mark
 from .timeline import WAIT, Timeline
 
-AHEAD = 2
-"""Actions that the host may give the device before it has done the one before them."""
 FIRST_WINDOW = 5
 """Times the usual limit that the device has for what is given to it in the first window, which compiles."""
 POLL_SECONDS = 5e-5
@@ -94,7 +93,7 @@ class Watch:
         if self.timeline.device.runs_ahead:
             self._given.append(_Given(self.timeline.device.mark(), _COMPUTING, action, None))
 
-    def keep_pace(self, ahead: int = AHEAD) -> None:
+    def keep_pace(self, ahead: int = HOST_AHEAD) -> None:
         """Before an action: let the device come so far that less than ``ahead`` others are to be done; 0: all is done.
 
         The limit counts from here, and anew whenever something is done.

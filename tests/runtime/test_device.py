@@ -12,13 +12,14 @@ from torch import Tensor
 
 from amdp_plugin.plan.action import Action
 from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.devices import HOST_AHEAD
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.device import DEVICE_CLOCK, Host
 from amdp_plugin.runtime.executor import Executor
 from amdp_plugin.runtime.plain import PlainWorker
 from amdp_plugin.runtime.timeline import RUN, Event, Timeline
-from amdp_plugin.runtime.watch import AHEAD, FIRST_WINDOW, InStream, PipelineStallError, Watch
+from amdp_plugin.runtime.watch import FIRST_WINDOW, InStream, PipelineStallError, Watch
 
 
 class SlowDevice:
@@ -97,7 +98,7 @@ def test_times_are_read_when_the_device_is_through() -> None:
 def test_the_host_is_at_most_two_actions_ahead() -> None:
     device = SlowDevice()
     watch = watch_on(device)
-    for micro_batch in range(AHEAD):
+    for micro_batch in range(HOST_AHEAD):
         watch.keep_pace()
         watch.given(Action(0, "F", micro_batch))
     with pytest.raises(PipelineStallError, match=r"stage 0, at 0F0: computing did not complete within 0.02 s"):
@@ -180,4 +181,4 @@ def test_windows_on_a_device_ask_for_values_once_a_window(device: Any, monkeypat
     assert asked == ["tolist"] * 3
     if isinstance(device, SlowDevice):
         # An action's span has two instants, its end one more.
-        assert 0 < device.most_behind <= 3 * (AHEAD + 1)
+        assert 0 < device.most_behind <= 3 * (HOST_AHEAD + 1)
