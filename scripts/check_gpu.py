@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,14 +26,17 @@ PASSED, FAILED, NOT_POSSIBLE = "passed", "failed", "not possible here"
 
 @dataclass(frozen=True)
 class Part:
-    """``tests`` are arguments of pytest, ``device`` is one of tests/devices.py; it may take ``limit`` seconds."""
+    """``tests`` are arguments of pytest, ``device`` is one of tests/devices.py; it may take ``limit`` seconds.
+
+    With fewer than ``gpus`` GPUs, ranks of NCCL share one, and say that they are on different hosts.
+    """
 
     name: str
     shows: str
     limit: float
     tests: tuple[str, ...]
-    device: str = "cuda"
-    gpus: int = 1
+    device: str = "nccl"
+    gpus: int = 2
 
 
 @dataclass
@@ -53,49 +57,54 @@ def selected(expression: str, *files: str) -> tuple[str, ...]:
 
 SMALL = "test_paci or 4-4-options or bf16 or amdp_with or test_flushed or recomputation or zero_1"
 PARTS = (
-    Part("live-update", "delayed gradients use the new weights", 60, ("tests/gpu/test_live_update.py",)),
-    Part("device", "the oracle on CUDA is that on the CPU, to rounding", 120, ("tests/gpu/test_one_device.py",)),
+    Part("live-update", "delayed gradients use the new weights", 60, ("tests/gpu/test_live_update.py",),
+         "cuda", 1),
+    Part("device", "the oracle on CUDA is that on the CPU, to rounding", 120, ("tests/gpu/test_one_device.py",),
+         "cuda", 1),
     Part(
-        "staged", "2 and 4 ranks on one device equal the oracle, late ranks and poisoned buffers included", 300,
-        ("tests/gpu/test_staged.py",),
+        "staged", "ranks on one device, over gloo, equal the oracle, late ranks and poisoned buffers included", 300,
+        ("tests/gpu/test_staged.py",), "cuda", 1,
     ),
+    Part("nccl", "what a wait does; ranks over NCCL equal the oracle, synchronized at every action", 300,
+         ("tests/gpu/test_nccl.py", "tests/gpu/test_staged.py")),
+    Part(
+        "nccl-killed", "a killed rank ends the others with PipelineStallError", 120,
+        ("tests/runtime/test_channels.py::test_a_killed_rank_stops_all_others",), gpus=3,
+    ),
+    Part("synchronizations", "hosts wait for their devices at most once a window more than stock", 300,
+         ("tests/gpu/test_synchronizations.py",)),
+    Part("jobs", "both hosts' scripts under torchrun: 1f1b prints what stock prints, others learn", 300,
+         ("tests/gpu/test_jobs.py",), gpus=4),
     Part(
         "deepspeed-stock", "1f1b is stock DeepSpeed: bf16, ZeRO-1, recomputation", 300,
         selected("stock and not replicas", "tests/deepspeed/test_stock.py"),
     ),
-    Part("deepspeed-oracle", "paci and amdp are the oracle", 240, selected(SMALL, "tests/deepspeed/test_oracle.py")),
+    Part("deepspeed-oracle", "paci and amdp are the oracle", 300, selected(SMALL, "tests/deepspeed/test_oracle.py"),
+         gpus=4),
     Part(
-        "deepspeed-resume", "resumed and evaluated runs go on as if nothing had been", 180,
+        "deepspeed-resume", "resumed and evaluated runs go on as if nothing had been", 240,
         selected("(resumed or evaluation) and not ZeRO", "tests/deepspeed/test_checkpoints.py"),
     ),
     Part(
-        "megatron-stock", "1f1b is stock Megatron: bf16, fp16, recomputation", 240,
-        selected("stock and not parallel and not data", "tests/megatron/test_stock.py"),
+        "megatron-stock", "1f1b is stock Megatron: bf16, fp16, recomputation", 300,
+        selected("stock and not parallel and not data", "tests/megatron/test_stock.py"), gpus=4,
     ),
     Part(
-        "megatron-oracle", "paci and amdp are the oracle (without dropout)", 180,
-        selected("test_paci or test_amdp", "tests/megatron/test_oracle.py"),
-    ),
-    Part(
-        "nccl", "ranks with a GPU each equal the oracle", 180, ("tests/gpu/test_staged.py",), device="nccl", gpus=2,
-    ),
-    Part(
-        "nccl-killed", "a killed rank ends the others with PipelineStallError", 60,
-        ("tests/runtime/test_channels.py::test_a_killed_rank_stops_all_others",), device="nccl", gpus=3,
+        "megatron-oracle", "paci and amdp are the oracle (without dropout)", 240,
+        selected("test_paci or test_amdp", "tests/megatron/test_oracle.py"), gpus=4,
     ),
 )  # fmt: skip
 
 
 def run_part(part: Part, out: Path, gpus: int) -> list[Item]:
     """The items of ``part``; its output is kept in ``out``."""
-    if gpus < part.gpus:
-        return [Item(part.name, part.name, NOT_POSSIBLE, reason=f"needs {part.gpus} GPUs, this machine has {gpus}")]
+    device = "nccl-shared" if part.device == "nccl" and gpus < part.gpus else part.device
     results, log = out / f"{part.name}.xml", out / f"{part.name}.log"
     results.unlink(missing_ok=True)  # of an earlier run
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}",
                *part.tests]  # fmt: skip
     began = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "AMDP_TEST_DEVICE": part.device}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "AMDP_TEST_DEVICE": device}
     with log.open("w") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -140,17 +149,23 @@ def write_report(out: Path, machine: str, items: Sequence[Item]) -> None:
     (out / "report.md").write_text("\n".join(lines) + "\n")
 
 
-def run_all(parts: Sequence[Part], out: Path, machine: str, gpus: int) -> int:
-    """Run ``parts``; the exit code is not 0 where an item failed."""
+def run_all(parts: Sequence[Part], out: Path, machine: str, gpus: int, at_once: int = 1) -> int:
+    """Run ``parts``, ``at_once`` at a time; the exit code is not 0 where an item failed."""
     out.mkdir(parents=True, exist_ok=True)
     items: list[Item] = []
-    for part in parts:
+
+    def run(part: Part) -> tuple[Part, list[Item]]:
         print(f"check_gpu: {part.name} (at most {part.limit:g} s): {part.shows}", flush=True)
-        found = run_part(part, out, gpus)
-        items += found
-        counts = Counter(item.result for item in found)
-        print("  " + ", ".join(f"{count} {result}" for result, count in counts.items()), flush=True)
-        write_report(out, machine, items)
+        return part, run_part(part, out, gpus)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for done in as_completed([pool.submit(run, part) for part in parts]):
+            part, found = done.result()
+            items += found
+            counts = Counter(item.result for item in found)
+            summary = ", ".join(f"{count} {result}" for result, count in counts.items())
+            print(f"check_gpu: {part.name}: {summary}", flush=True)
+            write_report(out, machine, items)
     print(f"check_gpu: {out / 'report.md'}")
     return EXIT_FAILED if any(item.result == FAILED for item in items) else 0
 
@@ -172,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="folder of the report (%(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these parts alone")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="parts at a time (%(default)s)")
     parser.add_argument("--list", action="store_true", help="name all parts, and run none")
     chosen = parser.parse_args(arguments)
     try:
@@ -190,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_NO_GPU
     version = ".".join(map(str, sys.version_info[:3]))
     machine = f"{gpus} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
-    return run_all(parts, chosen.out.resolve(), f"{machine}, Python {version}", gpus)
+    return run_all(parts, chosen.out.resolve(), f"{machine}, Python {version}", gpus, chosen.at_once)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device",
         choices=devices.CHOICES,
         default=devices.chosen(),
-        help="cuda: all ranks share one GPU, over gloo; nccl: a GPU for every rank (default: cpu)",
+        help="cuda: all ranks share one GPU, over gloo; nccl: a GPU for every rank; nccl-shared: one for all, "
+        "over NCCL (default: cpu)",
     )
 
 

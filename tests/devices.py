@@ -1,7 +1,7 @@
 """The device that the tests compute on. This is the one place that knows: ``pytest --device cuda``, or the variable.
 
-One GPU is shared by all ranks, which then talk over gloo; with ``--device nccl`` each rank has a GPU of its own. What
-a test states is the same on all of them.
+With ``cuda`` all ranks share one GPU and talk over gloo; with ``nccl`` each rank has a GPU of its own; with
+``nccl-shared`` they share one and talk over NCCL all the same. What a test states is the same on all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 VARIABLE = "AMDP_TEST_DEVICE"
 """Ranks inherit it; ``pytest --device`` sets it."""
-CHOICES = ("cpu", "cuda", "nccl")
+CHOICES = ("cpu", "cuda", "nccl", "nccl-shared")
 
 
 def choose(name: str) -> None:
@@ -44,7 +44,12 @@ def device() -> torch.device:
 
 def backend() -> str:
     """Of the process group."""
-    return "nccl" if chosen() == "nccl" else "gloo"
+    return "nccl" if over_nccl() else "gloo"
+
+
+def over_nccl() -> bool:
+    """Whether ranks talk over NCCL."""
+    return chosen().startswith("nccl")
 
 
 def start_method() -> str:
@@ -54,11 +59,14 @@ def start_method() -> str:
 
 def local_rank(rank: int) -> int:
     """The number of the GPU that ``rank`` uses; on the CPU its own number, as launchers set it."""
-    return 0 if chosen() == "cuda" else rank
+    return 0 if chosen() in ("cuda", "nccl-shared") else rank
 
 
 def settle_rank(rank: int) -> None:
     """In a rank's process, before it does anything: its GPU, and sums in one order."""
+    if chosen() == "nccl-shared":
+        # NCCL refuses two ranks on one device of a host, so each says that it is a host of its own.
+        os.environ.update(NCCL_HOSTID=f"rank {rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
     if on_gpu():
         torch.cuda.set_device(local_rank(rank))
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -20,7 +20,7 @@ from .transport import (
     Incoming,
     Transport,
 )
-from .watch import Waitable, Watch
+from .watch import InStream, Waitable, Watch
 
 Tensors = tuple[Tensor, ...]
 _Sent = tuple[Waitable, Tensor, Action | None]
@@ -93,7 +93,8 @@ class _Inbox:
     """Messages of one sender: expected in its order, being received, kept until they are asked for."""
 
     def __init__(self) -> None:
-        self.expected: deque[Action] = deque()
+        self.expected: deque[tuple[Action, bool]] = deque()
+        """With each, whether it comes directly (:attr:`.Transport.direct`)."""
         self.posted: deque[tuple[Action, list[Incoming]]] = deque()
         self.arrived: dict[Action, Tensors] = {}
 
@@ -149,7 +150,7 @@ class Channels:
         Where its shapes are not known yet, that begins when it is asked for.
         """
         inbox = self._inboxes.setdefault(sender, _Inbox())
-        inbox.expected.append(action)
+        inbox.expected.append((action, self._transport.direct))
         self._post_known(sender, inbox)
 
     def receive(self, sender: int, action: Action) -> Tensors:
@@ -172,10 +173,16 @@ class Channels:
                 self._reap(receiver, outbox)
 
     def forget_shapes(self) -> None:
-        """Agree on shapes anew with the next activations. Nothing may be under way."""
+        """Agree on shapes anew with the next activations. Nothing may be under way. All ranks do it between the same
+        two windows; in the next one, messages go through the hosts' memory, as in the first."""
+        self._transport.direct = False
         self._sent_signatures.clear()
         self._received_signatures.clear()
         self._pool.clear()
+
+    def go_direct(self) -> None:
+        """A window is over in which all shapes were agreed on and all kernels loaded: see :class:`.Transport`."""
+        self._transport.direct = True
 
     # Control messages: small, on the CPU, in an order of their own for each direction
 
@@ -214,6 +221,8 @@ class Channels:
     def _keep(self, receiver: int, tag: int, action: Action | None, work: Waitable, tensor: Tensor) -> None:
         """Hold on to what is being sent; a gloo send never says that it is done, so the program tells when."""
         outbox = self._outboxes.setdefault((receiver, tag), deque())
+        while outbox and isinstance(outbox[0][0], InStream) and outbox[0][0].is_done():
+            outbox.popleft()
         outbox.append((work, tensor, action))
         if len(outbox) > self.keep_sent:
             self._reap(receiver, outbox)
@@ -234,7 +243,7 @@ class Channels:
 
     def _post_known(self, sender: int, inbox: _Inbox) -> None:
         while inbox.expected:
-            signature = self._known_signature(sender, inbox.expected[0])
+            signature = self._known_signature(sender, inbox.expected[0][0])
             if signature is None:
                 return
             self._post(sender, inbox, signature)
@@ -245,18 +254,19 @@ class Channels:
         return None if self._dynamic else self._received_signatures.get((sender, action.stage))
 
     def _post(self, sender: int, inbox: _Inbox, signature: Signature) -> None:
-        action = inbox.expected.popleft()
+        action, direct = inbox.expected.popleft()
         self._returning.pop(action, None)
         tag = ACTIVATION_TAG if action.kind == FORWARD else GRADIENT_TAG
         with self._watch.guard("receiving", action, sender):
             incoming = [
-                self._transport.receive(self._pool.get(shape, dtype), sender, tag) for shape, dtype in signature.specs
+                self._transport.receive(self._pool.get(shape, dtype), sender, tag, direct)
+                for shape, dtype in signature.specs
             ]
         inbox.posted.append((action, incoming))
 
     def _receive_next(self, sender: int, inbox: _Inbox) -> None:
         if not inbox.posted:
-            action = inbox.expected[0]
+            action, _ = inbox.expected[0]
             signature = self._known_signature(sender, action)
             if signature is None:
                 encoded = torch.zeros(_SIGNATURE_LENGTH, dtype=torch.int64)

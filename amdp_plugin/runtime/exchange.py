@@ -74,7 +74,8 @@ class Exchange:
             for stage, home in self._homes.items()
         }
         self._kept = [buffer for free in self._free.values() for buffers in free for buffer in buffers]
-        self._begun: dict[int, set[int]] = {stage: set() for stage in self._homes}
+        self._begun: dict[int, dict[int, bool]] = {stage: {} for stage in self._homes}
+        """Guests whose gradients may be received, and whether they come directly (:attr:`.Transport.direct`)."""
         self._receiving: dict[int, dict[int, _Receiving]] = {stage: {} for stage in self._homes}
         self._arriving: dict[int, tuple[Action, list[Incoming]]] = {}
         self._sent: dict[int, list[_Sent]] = {}
@@ -89,7 +90,7 @@ class Exchange:
         """Begin to receive what ``action`` takes: at home the gradients of the guest ``sender``, as soon as there is a
         buffer; on a guest the new weights, so that nothing may use the stage before :meth:`settle`."""
         if action.kind == REDUCE:
-            self._begun[action.stage].add(sender)
+            self._begun[action.stage][sender] = self._transports[GRADIENT_TAG].direct
             self._receive_gradients(action, self._holders[action.stage][1:])
         else:
             self._receive_weights(action)
@@ -131,6 +132,11 @@ class Exchange:
             self._reap(stage)  # the home has stepped, so it has had the gradients
             self._replicas[stage].clear()
 
+    def go_direct(self) -> None:
+        """A window is over in which all kernels were loaded: see :class:`.Transport`."""
+        for transport in self._transports.values():
+            transport.direct = True
+
     def drain(self) -> None:
         """See all messages through."""
         for stage in self._replicas:
@@ -160,10 +166,10 @@ class Exchange:
         stage = action.stage
         begun, receiving, free = self._begun[stage], self._receiving[stage], self._free[stage]
         while (guest := next_guest(to_add, begun, receiving, len(free))) is not None:
-            begun.remove(guest)
+            direct = begun.pop(guest)
             buffers = free.pop()
             with self._watch.guard("receiving", action, guest):
-                incoming = [self._receive(buffer, guest, GRADIENT_TAG) for buffer in buffers]
+                incoming = [self._receive(buffer, guest, GRADIENT_TAG, direct) for buffer in buffers]
             receiving[guest] = _Receiving(buffers, incoming)
 
     def _send(self, action: Action, tensors: Iterable[Tensor], receivers: Iterable[int], tag: int) -> None:
@@ -173,8 +179,9 @@ class Exchange:
                 for tensor in tensors:
                     kept.append(_Sent(action, receiver, *self._transports[tag].send(tensor, receiver, tag)))
 
-    def _receive(self, target: Tensor, sender: int, tag: int) -> Incoming:
-        return self._transports[tag].receive(target, sender, tag)
+    def _receive(self, target: Tensor, sender: int, tag: int, direct: bool | None = None) -> Incoming:
+        transport = self._transports[tag]
+        return transport.receive(target, sender, tag, transport.direct if direct is None else direct)
 
     def _wait(self, incoming: Iterable[Incoming], action: Action, sender: int) -> None:
         for message in incoming:

@@ -157,6 +157,9 @@ class Executor:
         """All actions of the window that :meth:`open_window` began are done."""
         self.window += 1
         self._watch.in_first_window = False
+        for messages in (self._channels, self._exchange):
+            if messages is not None:
+                messages.go_direct()
         self._snapshots = {key: state for key, state in self._snapshots.items() if key[0] >= self.window}
         self._exists = {key: exists for key, exists in self._exists.items() if key[0] >= self.window}
         self._read = {key: has for key, has in self._read.items() if key[0] >= self.window}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -41,6 +42,10 @@ class Group:
     def receive(self, tensor: Tensor, sender: int, tag: int) -> dist.Work:
         return self._group.recv([tensor], self._members.index(sender), tag)
 
+    def abort(self) -> None:
+        """Give up whatever is under way: a device that waits for a peer that is gone would keep its process alive."""
+        self._group.abort()
+
 
 def interface() -> str | None:
     """The network interface for control messages: gloo's variable, else NCCL's first name, where it names one."""
@@ -72,4 +77,20 @@ def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = MAX_CHANNELS
     options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    # torch's watchdog would end the process, without a word about the pipeline, as soon as a message fails.
+    with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -105,6 +105,7 @@ class Pipeline:
         self.channels: Channels | None = None
         self.replicas: Mapping[int, Replica] = {}
         self._replicated: Mapping[int, nn.Module] = {}
+        self._transports: list[Transport] = []
         self._at_rest = True
         atexit.register(_close, weakref.ref(self))
 
@@ -192,14 +193,19 @@ class Pipeline:
 
     def _make_transport(self, pairs: Iterable[tuple[int, int]]) -> Transport:
         site = self.site
-        return Transport(site.ranks, pairs, site.device, site.timeout_seconds)
+        self._transports.append(Transport(site.ranks, pairs, site.device, site.timeout_seconds))
+        return self._transports[-1]
 
 
 def _close(reference: weakref.ref[Pipeline]) -> None:
-    """See this rank's last messages out before the process ends, where all ended well: others may wait for them."""
+    """See this rank's last messages out before the process ends, where all ended well: others may wait for them.
+    Where not, give them up: the process could not end."""
     pipeline = reference()
     if pipeline is None or not hasattr(pipeline, "executor"):
         return
     if pipeline._at_rest and not hasattr(sys, "last_value"):
         with suppress(PipelineStallError):
             pipeline.executor.quiesce()
+            return
+    for transport in pipeline._transports:
+        transport.abort()

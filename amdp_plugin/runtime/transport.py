@@ -14,9 +14,6 @@ from .groups import Group
 from .watch import InStream, Waitable
 
 ACTIVATION_TAG, GRADIENT_TAG, WEIGHT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG = range(1, 7)
-WATCHDOG = 10
-"""NCCL aborts the process after this many times the limit of a message, counted from when a receive begins. Until then
-a wait that is too long has raised its own error, in the first window too."""
 CONTROL_TAGS = 8
 """Control messages of direction ``d`` have their tag plus ``d * CONTROL_TAGS``: each has an order of its own."""
 
@@ -48,6 +45,14 @@ class Transport:
     where NCCL is the job's backend, over one NCCL communicator per directed pair, because NCCL has no
     tags and matches messages in the order of issue per communicator.
 
+    Even there they go through the hosts' memory at first: a message on a device occupies it until its peer is there,
+    and whatever then waits for the whole device (kernels that are loaded, memory that is taken for the first time,
+    groups that connect) waits for the peer, which may be waiting likewise.
+
+    Attributes:
+        direct: whether messages go from device to device where they can. To be set by all ranks between the same
+            two windows.
+
     Args:
         ranks: global rank of each pipeline rank.
         links: the directed pairs (pipeline ranks) that exchange tensors.
@@ -58,19 +63,16 @@ class Transport:
     def __init__(
         self, ranks: Sequence[int], links: Iterable[tuple[int, int]], device: torch.device, timeout_seconds: float
     ) -> None:
-        self.ranks, self.device = list(ranks), device
+        self.ranks, self.device, self.direct = list(ranks), device, False
         timeout = timedelta(seconds=timeout_seconds)
         self._control = Group(self.ranks, "gloo", timeout)
         self._groups: dict[tuple[int, int], Group] = {}
         self.rank = me = self.ranks.index(dist.get_rank())
         if device.type == "cuda" and "nccl" in str(dist.get_backend()):
-            self._staged = False
             for link in sorted(set(links)):
                 if me in link:
-                    self._groups[link] = Group([self.ranks[rank] for rank in link], "nccl", WATCHDOG * timeout)
+                    self._groups[link] = Group([self.ranks[rank] for rank in link], "nccl", timeout)
                     self._connect(*link, timeout)
-        else:
-            self._staged = device.type != "cpu"
 
     def _connect(self, sender: int, receiver: int, timeout: timedelta) -> None:
         """Make the communicator now, in the order common to all: NCCL would make it at the first message."""
@@ -83,30 +85,37 @@ class Transport:
 
     def send(self, tensor: Tensor, receiver: int, tag: int) -> tuple[Waitable, Tensor]:
         """Start to send; the tensor that comes back must live, unchanged, until the work is done."""
-        data = wire(tensor)
-        if self._staged:
+        data, group = wire(tensor), self._group(self.rank, receiver, self.direct)
+        if group is self._control and data.is_cuda:
             pinned = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
             pinned.copy_(data, non_blocking=True)
             torch.cuda.current_stream(self.device).synchronize()
             data = pinned
-        link = self.rank, receiver
-        work = self._groups.get(link, self._control).send(data, self.ranks[receiver], tag)
-        return self._waitable(work, link), data
+        return self._waitable(group, group.send(data, self.ranks[receiver], tag)), data
 
-    def receive(self, target: Tensor, sender: int, tag: int) -> Incoming:
-        """Start to receive into ``target``, contiguous and of the shape and dtype that are coming."""
-        landed = wire(target)
-        if self._staged:
-            landed = torch.empty(landed.shape, dtype=landed.dtype, pin_memory=True)
-        link = sender, self.rank
-        received = self._groups.get(link, self._control).receive(landed, self.ranks[sender], tag)
-        work = self._waitable(received, link)
-        if not self._staged:
-            return Incoming(work, target, target)
+    def receive(self, target: Tensor, sender: int, tag: int, direct: bool) -> Incoming:
+        """Start to receive into ``target``, contiguous and of the shape and dtype that are coming.
+
+        Args:
+            direct: what :attr:`direct` is in the window that the message is sent in.
+        """
+        landed, group = wire(target), self._group(sender, self.rank, direct)
+        if group is not self._control or not target.is_cuda:
+            return Incoming(self._waitable(group, group.receive(landed, self.ranks[sender], tag)), target, target)
+        landed = torch.empty(landed.shape, dtype=landed.dtype, pin_memory=True)
+        work = group.receive(landed, self.ranks[sender], tag)
         return Incoming(work, landed.view(torch.bool) if target.dtype == torch.bool else landed, target)
 
-    def _waitable(self, work: dist.Work, link: tuple[int, int]) -> Waitable:
-        return InStream(work) if link in self._groups else work
+    def _group(self, sender: int, receiver: int, direct: bool) -> Group:
+        return self._groups.get((sender, receiver), self._control) if direct else self._control
+
+    def _waitable(self, group: Group, work: dist.Work) -> Waitable:
+        return work if group is self._control else InStream(work)
+
+    def abort(self) -> None:
+        """Give up the messages between devices, so that nothing keeps this process from ending."""
+        for group in self._groups.values():
+            group.abort()
 
     def send_control(self, values: Tensor, receiver: int, tag: int) -> tuple[dist.Work, Tensor]:
         """Start to send a small CPU tensor, beside the tensors' own order."""

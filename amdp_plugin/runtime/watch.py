@@ -21,6 +21,8 @@ from .timeline import WAIT, Timeline
 FIRST_WINDOW = 5
 """Times the usual limit that the device has for what is given to it in the first window, which compiles."""
 POLL_SECONDS = 5e-5
+ASK_SECONDS = 0.2
+"""So often a backend is asked whether a message that does not come has failed."""
 
 
 class PipelineStallError(RuntimeError):
@@ -43,14 +45,24 @@ class InStream:
         """The device waits; the host goes on. ``timeout`` is the watch's to keep."""
         return self._work.wait()
 
+    def is_done(self) -> bool:
+        """Whether the device is past it; asking waits for nothing."""
+        return self._work.is_completed() and self.failure() is None
+
+    def failure(self) -> str | None:
+        """What the backend says went wrong, if anything has."""
+        error = self._work.exception()
+        return None if error is None else str(error)
+
 
 class _Given(NamedTuple):
-    """Something that the device was given to do, done when it comes to ``mark``."""
+    """Something that the device was given to do, done when it comes to ``mark``, or never where ``work`` failed."""
 
     mark: Mark
     what: str
     action: Action | None
     peer: int | None
+    work: InStream | None = None
 
 
 class Watch:
@@ -86,7 +98,7 @@ class Watch:
         with self.guard(what, action, peer), self.timeline.span(name or str(action or what), WAIT):
             work.wait(self.timeout)
             if isinstance(work, InStream):
-                self._given.append(_Given(self.timeline.device.mark(), what, action, peer))
+                self._given.append(_Given(self.timeline.device.mark(), what, action, peer, work))
 
     def given(self, action: Action) -> None:
         """The device has been given all of ``action``."""
@@ -101,7 +113,8 @@ class Watch:
         Raises:
             PipelineStallError: when the device gets nothing done in time, or a transport says that it failed.
         """
-        since, limit = time.monotonic(), self.timeout.total_seconds() * (FIRST_WINDOW if self.in_first_window else 1)
+        since = asked = time.monotonic()
+        limit = self.timeout.total_seconds() * (FIRST_WINDOW if self.in_first_window else 1)
         while self._given:
             first = self._given[0]
             with self.guard(first.what, first.action, first.peer):
@@ -111,12 +124,19 @@ class Watch:
                     continue
             if sum(given.what == _COMPUTING for given in self._given) < ahead:
                 return
-            if time.monotonic() - since > limit:
-                raise PipelineStallError(
-                    self._message(first.what, first.action, first.peer, f"timed out after {limit:g} s on the device")
-                )
+            now = time.monotonic()
+            error = f"timed out after {limit:g} s on the device" if now - since > limit else None
+            if now - asked > ASK_SECONDS:
+                asked, error = now, error or self._failure()
+            if error:
+                raise PipelineStallError(self._message(first.what, first.action, first.peer, error, limit))
             time.sleep(POLL_SECONDS)
         self.timeline.settle()
+
+    def _failure(self) -> str | None:
+        """What a backend says of the messages that the device waits for."""
+        asked = (given.work.failure() for given in self._given if given.work is not None)
+        return next((failure for failure in asked if failure), None)
 
     def fetch(self, tensor: Tensor, what: str) -> Tensor:
         """The values of ``tensor`` on the CPU: the one way here to wait for the device, within the limit.
@@ -142,11 +162,14 @@ class Watch:
                 raise
             raise PipelineStallError(self._message(what, action, peer, str(error))) from error
 
-    def _message(self, what: str, action: Action | None, peer: int | None, error: str) -> str:
+    def _message(
+        self, what: str, action: Action | None, peer: int | None, error: str, limit: float | None = None
+    ) -> str:
         stage = f", stage {action.stage}, at {action}" if action else ""
+        seconds = limit or self.timeout.total_seconds()
         whom = f" with rank {peer}" if peer is not None else ""
         why = (
-            f"did not complete within {self.timeout.total_seconds():g} s: the peer is stuck or slower than that "
+            f"did not complete within {seconds:g} s: the peer is stuck or slower than that "
             "(raise the schedule's timeout_seconds if it is only slow)"
             if _LATE.search(error)
             else "failed: the peer is gone (look for the first error in the other ranks' logs)"

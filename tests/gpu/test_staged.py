@@ -36,7 +36,7 @@ def train_late(rank: int, case: Case, windows: int) -> dict[str, Any]:
             time.sleep(chance.random() * 0.005)
             if devices.on_gpu():
                 torch.cuda._sleep(chance.randrange(2_000_000))  # cycles: the device, too, is late
-                if devices.chosen() == "nccl":
+                if devices.over_nccl():
                     torch.cuda.synchronize()  # as a layer, or an allocator's retry, may at any action
             executor.execute(action)
         executor.close_window()

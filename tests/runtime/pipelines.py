@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from amdp_plugin.plan.devices import RECEIVE_BUFFERS
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.channels import Channels
-from amdp_plugin.runtime.exchange import Exchange
+from amdp_plugin.runtime.exchange import Exchange, gradient_links, weight_links
 from amdp_plugin.runtime.executor import Executor, keep_sent
 from amdp_plugin.runtime.plain import PlainWorker
 from amdp_plugin.runtime.serial import SerialPipeline
@@ -33,6 +33,10 @@ AMDP_SHAPES: list[tuple[int, int, dict[str, Any]]] = [
     (8, 8, {"directions": 2}),
 ]
 """Stages, micro-batches of a window and options: windows below, at and above the stages, from one direction to N/2."""
+
+
+Links = Iterable[tuple[int, int]]
+"""Directed pairs of ranks that exchange tensors."""
 
 
 class Case(NamedTuple):
@@ -58,7 +62,8 @@ def make_channels(
     rank: int, stages: int, timeout_seconds: float = 30, keep_sent: int | None = None, **chosen: Any
 ) -> tuple[Channels, Watch]:
     watch = Watch(rank, timeout_seconds)
-    transport = Transport(range(stages), (), devices.device(), timeout_seconds)
+    links = [(rank, peer) for rank in range(stages) for peer in (rank - 1, rank + 1) if 0 <= peer < stages]
+    transport = Transport(range(stages), links, devices.device(), timeout_seconds)
     return Channels(transport, watch, keep_sent=keep_sent or stages + 1, **chosen), watch
 
 
@@ -67,19 +72,20 @@ def make_executor(
     case: Case,
     feed: Iterator[Any] | None = None,
     timeout_seconds: float = 30,
-    make_transport: Callable[[], Transport] | None = None,
+    make_transport: Callable[[Links], Transport] | None = None,
     gradient_buffers: int = RECEIVE_BUFFERS,
 ) -> tuple[Executor, PlainWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
 
-    def transport() -> Transport:
-        return Transport(range(case.stages), (), devices.device(), timeout_seconds)
+    def transport(links: Links) -> Transport:
+        return Transport(range(case.stages), links, devices.device(), timeout_seconds)
 
     make_transport = make_transport or transport
     planner = Planner(case.make(), case.costs())
     schedule, placement = planner.schedule, planner.schedule.placement
     watch = Watch(rank, timeout_seconds)
-    channels = Channels(make_transport(), watch, keep_sent(schedule))
+    links = [(rank, peer) for rank, peers in enumerate(placement.neighbours) for peer in peers]
+    channels = Channels(make_transport(links), watch, keep_sent(schedule))
     built = build_stages(case.kind, case.stages, case.dtype)
     modules = {stage: built[stage].to(devices.device()) for stage in placement.stages[rank]}
     optimizers = {
@@ -92,7 +98,7 @@ def make_executor(
     worker = PlainWorker(schedule, rank, modules, optimizers, loss, micro_batches)
     exchange = None
     if worker.replicas:
-        gradients, weights = make_transport(), make_transport()
+        gradients, weights = make_transport(gradient_links(placement)), make_transport(weight_links(placement))
         exchange = Exchange(placement, worker.replicas, gradients, weights, watch, gradient_buffers)
     torch.manual_seed(100 + rank)
     return Executor(planner, rank, worker, channels, watch, exchange), worker

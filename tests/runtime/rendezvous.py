@@ -29,7 +29,7 @@ class Awaited:
 
 
 class RendezvousTransport(Transport):
-    """Messages of one link match in the order of issue, whatever they are; a send ends with its receive."""
+    """Direct messages of one link match in the order of issue, whatever they are; their send ends with the receive."""
 
     def __init__(self, ranks: Sequence[int], timeout_seconds: float) -> None:
         super().__init__(ranks, (), torch.device("cpu"), timeout_seconds)
@@ -38,13 +38,17 @@ class RendezvousTransport(Transport):
         self._told: list[tuple[dist.Work, Tensor]] = []
 
     def send(self, tensor: Tensor, receiver: int, tag: int) -> tuple[Any, Tensor]:
+        if not self.direct:
+            return super().send(tensor, receiver, tag)
         data, word = wire(tensor), torch.zeros(1)
         sent = self._control.send(data, receiver, DATA_TAG)
         work = Awaited(sent, self._control.receive(word, receiver, BEGUN_TAG))
         self._under_way.append((work, word))
         return work, data
 
-    def receive(self, target: Tensor, sender: int, tag: int) -> Incoming:
+    def receive(self, target: Tensor, sender: int, tag: int, direct: bool) -> Incoming:
+        if not direct:
+            return super().receive(target, sender, tag, direct)
         word = torch.zeros(1)
         self._told.append((self._control.send(word, sender, BEGUN_TAG), word))  # gloo needs both until it has left
         work = Awaited(self._control.receive(wire(target), sender, DATA_TAG))

@@ -32,7 +32,7 @@ def _after_destroy(rank: int) -> float:
             work, data = transport.send(torch.full((4,), 7.0), 1, ACTIVATION_TAG)
             work.wait()
             return float(data.sum())
-        incoming = transport.receive(torch.zeros(4), 0, ACTIVATION_TAG)
+        incoming = transport.receive(torch.zeros(4), 0, ACTIVATION_TAG, direct=False)
         incoming.work.wait()
         return float(incoming.finish().sum())
     finally:

@@ -1,5 +1,4 @@
-"""Ranks whose messages occupy their devices until they are received, synchronized after every action of all windows but
-the first."""
+"""Ranks whose messages occupy their devices until they are received, synchronized after every action."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from amdp_plugin.plan.postings import Postings
 
 from ..processes import run_ranks
 from .models import data
-from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, result
+from .pipelines import Case, Links, assert_equals_oracle, make_executor, make_oracle, result
 from .rendezvous import RendezvousTransport
 
 CASES = [
@@ -29,20 +28,21 @@ PARTS = (2, 1, 3)
 
 
 def train(rank: int, case: Case, buffers: int, timeout_seconds: float = 60) -> dict[str, Any]:
-    """Windows in several parts, with nothing in flight between them. In the first, shapes are not known yet, and
-    receives begin only when the sender has told them."""
+    """Windows in several parts, with nothing in flight between them; before the third, shapes are forgotten."""
     transports: list[RendezvousTransport] = []
 
-    def transport() -> RendezvousTransport:
+    def transport(links: Links) -> RendezvousTransport:
         transports.append(RendezvousTransport(range(case.stages), timeout_seconds))
         return transports[-1]
 
     executor, worker = make_executor(rank, case, None, timeout_seconds, transport, buffers)
-    for windows in PARTS:
+    for part, windows in enumerate(PARTS):
+        if part == 2:
+            executor._channels.forget_shapes()  # type: ignore[union-attr]
         for _ in range(windows):
             for action in executor.open_window():
                 executor.execute(action)
-                for each in transports if executor.window else ():
+                for each in transports:
                     each.synchronize()
             executor.close_window()
         executor.quiesce()
