@@ -221,7 +221,7 @@ class Channels:
     def _keep(self, receiver: int, tag: int, action: Action | None, work: Waitable, tensor: Tensor) -> None:
         """Hold on to what is being sent; a gloo send never says that it is done, so the program tells when."""
         outbox = self._outboxes.setdefault((receiver, tag), deque())
-        while outbox and isinstance(outbox[0][0], InStream) and outbox[0][0].is_done():
+        while outbox and isinstance(outbox[0][0], InStream) and outbox[0][0].is_over():
             outbox.popleft()
         outbox.append((work, tensor, action))
         if len(outbox) > self.keep_sent:

@@ -22,7 +22,7 @@ FIRST_WINDOW = 5
 """Times the usual limit that the device has for what is given to it in the first window, which compiles."""
 POLL_SECONDS = 5e-5
 ASK_SECONDS = 0.2
-"""So often a backend is asked whether a message that does not come has failed."""
+"""So often NCCL is asked whether a message that does not come has failed."""
 
 
 class PipelineStallError(RuntimeError):
@@ -45,14 +45,9 @@ class InStream:
         """The device waits; the host goes on. ``timeout`` is the watch's to keep."""
         return self._work.wait()
 
-    def is_done(self) -> bool:
-        """Whether the device is past it; asking waits for nothing."""
-        return self._work.is_completed() and self.failure() is None
-
-    def failure(self) -> str | None:
-        """What the backend says went wrong, if anything has."""
-        error = self._work.exception()
-        return None if error is None else str(error)
+    def is_over(self) -> bool:
+        """Whether the device is past it, or it has failed; asking waits for nothing."""
+        return self._work.is_completed()
 
 
 class _Given(NamedTuple):
@@ -63,6 +58,31 @@ class _Given(NamedTuple):
     action: Action | None
     peer: int | None
     work: InStream | None = None
+
+
+class _Patience:
+    """How long a host goes on waiting for its device to get something done: ``limit`` seconds."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.renew()
+
+    def renew(self) -> None:
+        self._since = self._asked = time.monotonic()
+        self._was_over = False
+
+    def ended(self, work: InStream | None) -> str | None:
+        """Why there is no point in waiting any longer for ``work``, of the message that the device waits for."""
+        now = time.monotonic()
+        if now - self._since > self.limit:
+            return f"timed out after {self.limit:g} s on the device"
+        if now - self._asked > ASK_SECONDS:
+            # NCCL says that it is over, and the device does not come to its end: it has failed.
+            was_over, self._was_over = self._was_over, work is not None and work.is_over()
+            self._asked = now
+            if was_over and self._was_over:
+                return "NCCL has given the message up"
+        return None
 
 
 class Watch:
@@ -113,30 +133,20 @@ class Watch:
         Raises:
             PipelineStallError: when the device gets nothing done in time, or a transport says that it failed.
         """
-        since = asked = time.monotonic()
-        limit = self.timeout.total_seconds() * (FIRST_WINDOW if self.in_first_window else 1)
+        patience = _Patience(self.timeout.total_seconds() * (FIRST_WINDOW if self.in_first_window else 1))
         while self._given:
             first = self._given[0]
             with self.guard(first.what, first.action, first.peer):
                 if self.timeline.device.is_done(first.mark):
                     self._given.popleft()
-                    since = time.monotonic()
+                    patience.renew()
                     continue
             if sum(given.what == _COMPUTING for given in self._given) < ahead:
                 return
-            now = time.monotonic()
-            error = f"timed out after {limit:g} s on the device" if now - since > limit else None
-            if now - asked > ASK_SECONDS:
-                asked, error = now, error or self._failure()
-            if error:
-                raise PipelineStallError(self._message(first.what, first.action, first.peer, error, limit))
+            if error := patience.ended(first.work):
+                raise PipelineStallError(self._message(first.what, first.action, first.peer, error, patience.limit))
             time.sleep(POLL_SECONDS)
         self.timeline.settle()
-
-    def _failure(self) -> str | None:
-        """What a backend says of the messages that the device waits for."""
-        asked = (given.work.failure() for given in self._given if given.work is not None)
-        return next((failure for failure in asked if failure), None)
 
     def fetch(self, tensor: Tensor, what: str) -> Tensor:
         """The values of ``tensor`` on the CPU: the one way here to wait for the device, within the limit.

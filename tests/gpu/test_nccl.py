@@ -10,7 +10,7 @@ import torch
 from amdp_plugin.plan.action import Action
 from amdp_plugin.runtime.device import device_of
 from amdp_plugin.runtime.timeline import Timeline
-from amdp_plugin.runtime.transport import ACTIVATION_TAG, Transport
+from amdp_plugin.runtime.transport import ACTIVATION_TAG, HEADER_TAG, Transport
 from amdp_plugin.runtime.watch import PipelineStallError, Watch
 from tests import devices
 from tests.processes import run_ranks
@@ -32,7 +32,9 @@ def wait_for_a_late_message(rank: int) -> dict[str, float]:
     transport, watch = make(rank, 30)
     value = torch.full((1 << 20,), float(rank), device=devices.device())
     torch.cuda.synchronize()
+    ready = torch.zeros(1)
     if rank == 0:
+        transport.receive_control(ready, 1, HEADER_TAG).wait()
         time.sleep(LATE_SECONDS)
         transport.send(value, 1, ACTIVATION_TAG)
         torch.cuda.synchronize()
@@ -43,6 +45,7 @@ def wait_for_a_late_message(rank: int) -> dict[str, float]:
     host = time.monotonic() - began
     doubled = incoming.finish() * 2 + 1
     mark = watch.timeline.device.mark()
+    transport.send_control(ready, 0, HEADER_TAG)
     done_at_once = watch.timeline.device.is_done(mark)
     watch.keep_pace(0)
     return {

@@ -67,7 +67,10 @@ class BareWork:
     """What NCCL's work does in a bare wait; with a timeout it would block the host."""
 
     def __init__(self) -> None:
-        self.waits = 0
+        self.waits, self.over = 0, False
+
+    def is_completed(self) -> bool:
+        return self.over
 
     def wait(self) -> bool:
         self.waits += 1
@@ -118,6 +121,16 @@ def test_a_message_that_does_not_come_is_named_and_the_host_does_not_block_on_it
     watch.given(Action(1, "F", 8))
     with pytest.raises(PipelineStallError, match=r"rank 3, stage 1, at 1F7: receiving with rank 2 did not complete"):
         watch.keep_pace()
+
+
+def test_a_message_that_failed_is_not_waited_for_until_the_limit() -> None:
+    """NCCL says of a message to a peer that is gone that it is over, while the device waits for ever."""
+    device, work = SlowDevice(), BareWork()
+    watch = watch_on(device, timeout_seconds=60)
+    watch.wait(InStream(work), "receiving", Action(1, "F", 7), 2)  # type: ignore[arg-type]
+    work.over = True
+    with pytest.raises(PipelineStallError, match=r"at 1F7: receiving with rank 2 failed: the peer is gone"):
+        watch.keep_pace(0)
 
 
 def test_work_of_other_backends_is_waited_for_with_the_whole_timeout() -> None:
