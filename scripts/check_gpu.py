@@ -21,6 +21,10 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 EXIT_FAILED, EXIT_NO_GPU = 1, 3
+AT_ONCE = max(1, min(4, (os.cpu_count() or 1) // 4))
+"""Parts at a time: most of a test is the start of its ranks."""
+WORKERS = max(1, min(3, (os.cpu_count() or 1) // 5))
+"""Tests of a part at a time, likewise."""
 PASSED, FAILED, NOT_POSSIBLE = "passed", "failed", "not possible here"
 
 
@@ -73,7 +77,7 @@ PARTS = (
     ),
     Part("synchronizations", "hosts wait for their devices at most once a window more than stock", 300,
          ("tests/gpu/test_synchronizations.py",)),
-    Part("jobs", "both hosts' scripts under torchrun: 1f1b prints what stock prints, others learn", 300,
+    Part("jobs", "both hosts' scripts under torchrun: 1f1b prints what stock prints, others learn", 600,
          ("tests/gpu/test_jobs.py",), gpus=4),
     Part(
         "deepspeed-stock", "1f1b is stock DeepSpeed: bf16, ZeRO-1, recomputation", 300,
@@ -101,8 +105,8 @@ def run_part(part: Part, out: Path, gpus: int) -> list[Item]:
     device = "nccl-shared" if part.device == "nccl" and gpus < part.gpus else part.device
     results, log = out / f"{part.name}.xml", out / f"{part.name}.log"
     results.unlink(missing_ok=True)  # of an earlier run
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}",
-               *part.tests]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS), "-p", "no:cacheprovider",
+               f"--junitxml={results}", *part.tests]  # fmt: skip
     began = time.monotonic()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "AMDP_TEST_DEVICE": device}
@@ -188,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="folder of the report (%(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these parts alone")
-    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="parts at a time (%(default)s)")
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, metavar="N", help="parts at a time (%(default)s)")
     parser.add_argument("--list", action="store_true", help="name all parts, and run none")
     chosen = parser.parse_args(arguments)
     try:

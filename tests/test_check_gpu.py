@@ -61,7 +61,8 @@ def test_parts_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
 def test_parts_name_files_that_exist_and_fit_half_an_hour() -> None:
     for each in check_gpu.PARTS:
         assert (check_gpu.ROOT / each.tests[0].split("::")[0]).is_file(), each.name
-    assert sum(each.limit for each in check_gpu.PARTS) < 30 * 60
+    at_once = 4  # where there are 16 cores
+    assert sum(each.limit for each in check_gpu.PARTS) / at_once + max(each.limit for each in check_gpu.PARTS) < 30 * 60
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -20,6 +20,7 @@ from .torch_private import default_store
 
 MAX_CHANNELS = 4
 """Of NCCL, a message: each takes a multiprocessor from the stages' own work, for as long as it waits."""
+CLEAN_UP_ONLY = "2"
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 _made: Counter[tuple[str, ...]] = Counter()
@@ -77,8 +78,9 @@ def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = MAX_CHANNELS
     options._timeout = timeout
-    # torch's watchdog would end the process, without a word about the pipeline, as soon as a message fails.
-    with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
+    # When a message fails, torch's watchdog is to give the communicator up, so that the device goes on and the host
+    # can tell. By default it ends the process, without a word of the pipeline, by itself or through the job's group.
+    with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING=CLEAN_UP_ONLY, TORCH_NCCL_DUMP_ON_TIMEOUT="0"):
         return dist.ProcessGroupNCCL(store, rank, size, options)
 
 

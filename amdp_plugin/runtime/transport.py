@@ -14,6 +14,9 @@ from .groups import Group
 from .watch import InStream, Waitable
 
 ACTIVATION_TAG, GRADIENT_TAG, WEIGHT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG = range(1, 7)
+WATCHDOG = 10
+"""NCCL gives a message up after this many times its limit, counted from when its receive begins. Until then a wait that
+is too long has raised its own error, unless the host itself is held by CUDA, which waits for the device."""
 CONTROL_TAGS = 8
 """Control messages of direction ``d`` have their tag plus ``d * CONTROL_TAGS``: each has an order of its own."""
 
@@ -71,7 +74,7 @@ class Transport:
         if device.type == "cuda" and "nccl" in str(dist.get_backend()):
             for link in sorted(set(links)):
                 if me in link:
-                    self._groups[link] = Group([self.ranks[rank] for rank in link], "nccl", timeout)
+                    self._groups[link] = Group([self.ranks[rank] for rank in link], "nccl", WATCHDOG * timeout)
                     self._connect(*link, timeout)
 
     def _connect(self, sender: int, receiver: int, timeout: timedelta) -> None:

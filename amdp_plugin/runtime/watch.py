@@ -19,10 +19,8 @@ from .device import Mark
 from .timeline import WAIT, Timeline
 
 FIRST_WINDOW = 5
-"""Times the usual limit that the device has for what is given to it in the first window, which compiles."""
+"""Times the usual limit of a wait in the first window, which loads and compiles."""
 POLL_SECONDS = 5e-5
-ASK_SECONDS = 0.2
-"""So often NCCL is asked whether a message that does not come has failed."""
 
 
 class PipelineStallError(RuntimeError):
@@ -49,6 +47,11 @@ class InStream:
         """Whether the device is past it, or it has failed; asking waits for nothing."""
         return self._work.is_completed()
 
+    def check(self) -> None:
+        """When the device is past it: raise what went wrong. A message that NCCL gives up ends like any other."""
+        self._work.is_completed()  # which looks for errors
+        self._work.wait()
+
 
 class _Given(NamedTuple):
     """Something that the device was given to do, done when it comes to ``mark``, or never where ``work`` failed."""
@@ -58,31 +61,6 @@ class _Given(NamedTuple):
     action: Action | None
     peer: int | None
     work: InStream | None = None
-
-
-class _Patience:
-    """How long a host goes on waiting for its device to get something done: ``limit`` seconds."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.renew()
-
-    def renew(self) -> None:
-        self._since = self._asked = time.monotonic()
-        self._was_over = False
-
-    def ended(self, work: InStream | None) -> str | None:
-        """Why there is no point in waiting any longer for ``work``, of the message that the device waits for."""
-        now = time.monotonic()
-        if now - self._since > self.limit:
-            return f"timed out after {self.limit:g} s on the device"
-        if now - self._asked > ASK_SECONDS:
-            # NCCL says that it is over, and the device does not come to its end: it has failed.
-            was_over, self._was_over = self._was_over, work is not None and work.is_over()
-            self._asked = now
-            if was_over and self._was_over:
-                return "NCCL has given the message up"
-        return None
 
 
 class Watch:
@@ -116,9 +94,14 @@ class Watch:
             PipelineStallError: when it does not complete in time, or the peer is gone.
         """
         with self.guard(what, action, peer), self.timeline.span(name or str(action or what), WAIT):
-            work.wait(self.timeout)
+            work.wait(timedelta(seconds=self._limit))
             if isinstance(work, InStream):
                 self._given.append(_Given(self.timeline.device.mark(), what, action, peer, work))
+
+    @property
+    def _limit(self) -> float:
+        """Seconds."""
+        return self.timeout.total_seconds() * (FIRST_WINDOW if self.in_first_window else 1)
 
     def given(self, action: Action) -> None:
         """The device has been given all of ``action``."""
@@ -133,18 +116,21 @@ class Watch:
         Raises:
             PipelineStallError: when the device gets nothing done in time, or a transport says that it failed.
         """
-        patience = _Patience(self.timeout.total_seconds() * (FIRST_WINDOW if self.in_first_window else 1))
+        since, limit = time.monotonic(), self._limit
         while self._given:
             first = self._given[0]
             with self.guard(first.what, first.action, first.peer):
                 if self.timeline.device.is_done(first.mark):
+                    if first.work is not None:
+                        first.work.check()
                     self._given.popleft()
-                    patience.renew()
+                    since = time.monotonic()
                     continue
             if sum(given.what == _COMPUTING for given in self._given) < ahead:
                 return
-            if error := patience.ended(first.work):
-                raise PipelineStallError(self._message(first.what, first.action, first.peer, error, patience.limit))
+            if time.monotonic() - since > limit:
+                error = f"timed out after {limit:g} s on the device"
+                raise PipelineStallError(self._message(first.what, first.action, first.peer, error))
             time.sleep(POLL_SECONDS)
         self.timeline.settle()
 
@@ -172,14 +158,11 @@ class Watch:
                 raise
             raise PipelineStallError(self._message(what, action, peer, str(error))) from error
 
-    def _message(
-        self, what: str, action: Action | None, peer: int | None, error: str, limit: float | None = None
-    ) -> str:
+    def _message(self, what: str, action: Action | None, peer: int | None, error: str) -> str:
         stage = f", stage {action.stage}, at {action}" if action else ""
-        seconds = limit or self.timeout.total_seconds()
         whom = f" with rank {peer}" if peer is not None else ""
         why = (
-            f"did not complete within {seconds:g} s: the peer is stuck or slower than that "
+            f"did not complete within {self._limit:g} s: the peer is stuck or slower than that "
             "(raise the schedule's timeout_seconds if it is only slow)"
             if _LATE.search(error)
             else "failed: the peer is gone (look for the first error in the other ranks' logs)"

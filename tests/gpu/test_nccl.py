@@ -31,6 +31,7 @@ def make(rank: int, timeout_seconds: float) -> tuple[Transport, Watch]:
 def wait_for_a_late_message(rank: int) -> dict[str, float]:
     transport, watch = make(rank, 30)
     value = torch.full((1 << 20,), float(rank), device=devices.device())
+    value * 2 + 1  # loads kernels: CUDA waits for the device, and so for the message, where that comes later
     torch.cuda.synchronize()
     ready = torch.zeros(1)
     if rank == 0:

@@ -67,13 +67,15 @@ class BareWork:
     """What NCCL's work does in a bare wait; with a timeout it would block the host."""
 
     def __init__(self) -> None:
-        self.waits, self.over = 0, False
+        self.waits, self.failed = 0, False
 
     def is_completed(self) -> bool:
-        return self.over
+        return self.failed
 
     def wait(self) -> bool:
         self.waits += 1
+        if self.failed:
+            raise torch.distributed.DistBackendError("NCCL error: remote process exited")
         return True
 
 
@@ -123,12 +125,11 @@ def test_a_message_that_does_not_come_is_named_and_the_host_does_not_block_on_it
         watch.keep_pace()
 
 
-def test_a_message_that_failed_is_not_waited_for_until_the_limit() -> None:
-    """NCCL says of a message to a peer that is gone that it is over, while the device waits for ever."""
+def test_a_message_that_was_given_up_is_an_error_though_the_device_goes_on() -> None:
     device, work = SlowDevice(), BareWork()
     watch = watch_on(device, timeout_seconds=60)
     watch.wait(InStream(work), "receiving", Action(1, "F", 7), 2)  # type: ignore[arg-type]
-    work.over = True
+    work.failed, device.done = True, device.given
     with pytest.raises(PipelineStallError, match=r"at 1F7: receiving with rank 2 failed: the peer is gone"):
         watch.keep_pace(0)
 
