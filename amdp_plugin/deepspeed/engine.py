@@ -290,7 +290,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         """Start the program for the present window size, and print what to expect on rank 0, as DeepSpeed prints the
         stages (its logger keeps silent below warnings)."""
         schedule = self.pipeline.schedule
-        self.pipeline.start(EngineWorker(self, schedule, self._num_buffers(schedule)), self.global_steps)
+        worker = EngineWorker(self, schedule, self._num_buffers(schedule))
+        self.pipeline.start(worker, self.global_steps, [self.module, *self.guests.values()])
         lines = [clipping_line(self.gradient_clipping(), schedule.updates_meet)]
         if schedule.reduces:
             guests = list(self.guests.values())

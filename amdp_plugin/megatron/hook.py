@@ -226,7 +226,7 @@ class ScheduledForwardBackward:
         chunks = {self._rank: self._chunk, **self.guests}
         self._reports = WindowReports(self.pipeline)
         worker = ChunksWorker(self.pipeline, chunks, self._rank, self._steps, lambda: self._call, self._reports.collect)
-        self.pipeline.start(worker, window)
+        self.pipeline.start(worker, window, chunks.values())
         lines = [clipping_line(self._clipping, schedule.updates_meet), *self.notices]
         if schedule.reduces:
             held = Held(

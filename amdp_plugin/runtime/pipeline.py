@@ -30,7 +30,7 @@ from .feed import Feed
 from .losses import WindowLosses
 from .random_streams import Generators, RandomStreams
 from .replica import Replica
-from .runnable import check_runnable
+from .runnable import check_modules, check_runnable
 from .timeline import Timeline
 from .transport import Transport
 from .watch import PipelineStallError, Watch
@@ -106,6 +106,7 @@ class Pipeline:
         self.replicas: Mapping[int, Replica] = {}
         self._replicated: Mapping[int, nn.Module] = {}
         self._transports: list[Transport] = []
+        self._unchecked: tuple[nn.Module, ...] = ()
         self._at_rest = True
         atexit.register(_close, weakref.ref(self))
 
@@ -131,8 +132,13 @@ class Pipeline:
             self.exchange = Exchange(placement, replicas, gradients, weights, self.watch, buffers)
         self.copy_home()
 
-    def start(self, worker: Worker, window: int) -> None:
-        """Prove the program, and wire it up to ``worker``, to begin with ``window``."""
+    def start(self, worker: Worker, window: int, modules: Iterable[nn.Module]) -> None:
+        """Prove the program, and wire it up to ``worker``, to begin with ``window``.
+
+        Args:
+            modules: the stages on this rank, which are checked when the window begins: they may be compiled until then.
+        """
+        self._unchecked = tuple(modules)
         schedule, self.planned = self.schedule, report(self._planner, windows=1)
         if self.channels is not None:
             self.channels.keep_sent = keep_sent(schedule)
@@ -151,7 +157,13 @@ class Pipeline:
         self._planner = self._plan(schedule)
 
     def open_window(self) -> list[Action]:
-        """This rank's actions of the next window; see :meth:`.Executor.open_window`."""
+        """This rank's actions of the next window; see :meth:`.Executor.open_window`.
+
+        Raises:
+            ValueError: before the first, for layers that no schedule, or not this one, can run.
+        """
+        check_modules(self.schedule, self._unchecked)
+        self._unchecked = ()
         self._at_rest = False
         try:
             return list(self.executor.open_window())

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 OLDEST, TESTED = "2.11", "2.13.0"
+if TorchVersion(torch.__version__) < OLDEST:
+    raise ImportError(
+        f"torch {torch.__version__} is too old for amdp_plugin, which is tested with torch {TESTED} and needs {OLDEST} or "
+        "newer"
+    )
 
 
 def _find(path: str) -> Any:
@@ -47,6 +53,16 @@ def storage_uses(tensor: Tensor) -> int:
     When it is gone: take a new buffer for every message.
     """
     return _use_count(tensor.untyped_storage()._cdata)
+
+
+def compiler_options(module: nn.Module) -> Mapping[str, Any]:
+    """What ``torch.compile`` was told, in place or around ``module``; nothing where it was not compiled.
+
+    When it is gone: documentation has to say that CUDA graphs do not work.
+    """
+    config = getattr(getattr(module, "dynamo_ctx", None), "compiler_config", None)
+    told = getattr(getattr(module, "_compiled_call_impl", None), "get_compiler_config", None)
+    return config or (told() if told else None) or {}
 
 
 def default_store() -> dist.Store:

@@ -16,7 +16,7 @@ import amdp_plugin
 from amdp_plugin.deepspeed import entry
 from amdp_plugin.deepspeed.engine import ScheduledPipelineEngine
 from tests.processes import run_ranks
-from tests.runtime.models import WIDTH, loss
+from tests.runtime.models import WIDTH, data, loss
 
 from .jobs import Job, build_layers, configuration, make_engine
 
@@ -217,3 +217,16 @@ def attempt_learning_loss(rank: int, job: Job) -> str:
 def test_a_loss_that_learns_is_refused_where_the_last_stage_has_replicas() -> None:
     for message in run_ranks(4, attempt_learning_loss, Job("amdp", 4, 4)):
         assert "loss_fn cannot have weights to train" in message
+
+
+def attempt_cuda_graphs(rank: int, job: Job) -> str:
+    engine = make_engine(rank, job)
+    engine.compile(compile_kwargs={"mode": "reduce-overhead"})
+    with pytest.raises(ValueError, match="CUDA graphs") as caught:
+        engine.train_batch(data())
+    return str(caught.value)
+
+
+def test_an_engine_compiled_to_cuda_graphs_is_refused() -> None:
+    for message in run_ranks(2, attempt_cuda_graphs, Job("paci")):
+        assert "write the outputs of every micro-batch to the same memory" in message
