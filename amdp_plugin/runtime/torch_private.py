@@ -15,8 +15,8 @@ from torch.torch_version import TorchVersion
 OLDEST, TESTED = "2.11", "2.13.0"
 if TorchVersion(torch.__version__) < OLDEST:
     raise ImportError(
-        f"torch {torch.__version__} is too old for amdp_plugin, which is tested with torch {TESTED} and needs {OLDEST} or "
-        "newer"
+        f"torch {torch.__version__} is too old for amdp_plugin, which needs {OLDEST} or newer and is tested with "
+        f"{TESTED}"
     )
 
 
