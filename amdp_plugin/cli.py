@@ -10,6 +10,7 @@ import typer
 from .compare.command import CompareCommand, compare
 from .doctor.command import doctor
 from .plan.command import plan
+from .study.command import StudyCommand, study
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command(cls=CompareCommand)(compare)
+app.command(cls=StudyCommand)(study)
 app.command()(doctor)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
+
+from ..lists_command import ListsCommand
 
 EXIT_FAILURE = 1
 DEFAULT_STEPS = 150
@@ -23,21 +24,10 @@ class HostName(str, Enum):
     megatron = "megatron"
 
 
-class CompareCommand(TyperCommand):
-    """Takes several values after one of :data:`LISTS`, and leaves what stands after ``--`` to the script."""
+class CompareCommand(ListsCommand):
+    """``--configs A B -- C``."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Rewrite ``--configs A B -- C`` as click knows it: ``--configs A --configs B -- C``."""
-        own, rest = (args[: args.index("--")], args[args.index("--") :]) if "--" in args else (args, [])
-        rewritten: list[str] = []
-        repeated: str | None = None
-        for argument in own:
-            if argument.startswith("-"):
-                repeated = argument if argument in LISTS else None
-                rewritten += [] if repeated else [argument]
-            else:
-                rewritten += [repeated, argument] if repeated else [argument]
-        return super().parse_args(ctx, [*rewritten, *rest])
+    lists = LISTS
 
 
 def compare(

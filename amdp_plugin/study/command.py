@@ -1,0 +1,120 @@
+"""``amdp study``: what schedules do to a model's loss, on one device."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..lists_command import ListsCommand
+
+if TYPE_CHECKING:
+    from .trial import Setting, Trial, Variant
+
+MODEL = "scripts/gpt_study.py:problem"
+
+
+class StudyCommand(ListsCommand):
+    """``--schedules A B``."""
+
+    lists = ("--schedules", "--optimizers", "--learning-rates")
+
+
+def study(
+    schedules: Annotated[
+        list[str], typer.Option(help="NAME, or NAME:key=value,key=value. The first is the reference.")
+    ] = ["1f1b", "paci"],  # noqa: B006
+    optimizers: Annotated[list[str], typer.Option(help="adamw, muon, sgd.")] = ["adamw"],  # noqa: B006
+    learning_rates: Annotated[
+        list[str] | None, typer.Option(help="OPTIMIZER:RATE,RATE. A method is shown at its best, too.")
+    ] = None,
+    stages: Annotated[int, typer.Option(help="Stages of the pipeline.")] = 8,
+    micro_batches: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of a run.")] = 300,
+    warm_up: Annotated[int, typer.Option(help="Steps until the learning rate is whole.")] = 30,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradients; 0: any.")] = 1.0,
+    seeds: Annotated[int, typer.Option(help="Runs of each, with other weights and data.")] = 2,
+    at_equal_time: Annotated[
+        bool, typer.Option("--at-equal-time", help="Also train as many steps as fit in the reference's time.")
+    ] = False,
+    backward_ratio: Annotated[float, typer.Option(help="Time of a backward, in forwards.")] = 2.0,
+    link_cost: Annotated[float, typer.Option(help="Time of a message, in forwards of one stage.")] = 0.0,
+    model: Annotated[str, typer.Option(help="FILE:FUNCTION, which takes a seed and returns a Problem.")] = MODEL,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    processes: Annotated[int | None, typer.Option(help="Runs at a time; by default as many as cores.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for table, picture and what is needed to go on.")] = Path("study"),
+) -> int:
+    """Train a model under several schedules with the serial oracle, which needs no second device, and compare losses at
+    equal tokens and at equal predicted time. Stopped, it goes on where it was."""
+    from .runner import run_all
+    from .summary import summarize, table
+    from .trial import Setting, Variant
+
+    for name, value in (("stages", stages), ("micro-batches", micro_batches), ("steps", steps), ("seeds", seeds)):
+        if value < 1:
+            raise ValueError(f"--{name} is at least 1, got {value}")
+    costs = (("backward_ratio", backward_ratio), ("link_cost", link_cost))
+    setting = Setting(model, stages, micro_batches, warm_up, clip, device, costs)
+    variants = [Variant.read(text) for text in schedules]
+    rates = _read_rates(optimizers, learning_rates or [])
+    trials = list(_trials(setting, variants, rates, steps, seeds, at_equal_time))
+    outcomes = run_all(setting, trials, out, processes or os.cpu_count() or 1)
+    ordered = {trial: outcomes[trial] for trial in trials}
+    rows = summarize(ordered, variants[0], steps)
+    text = table(rows)
+    (out / "table.md").write_text(f"{text}\n")
+    told = [{**asdict(row), "variant": str(row.variant), "loss": row.loss} for row in rows]
+    (out / "result.json").write_text(json.dumps({"setting": asdict(setting), "rows": told}, indent=2))
+    from .picture import picture
+
+    (out / "study.png").write_bytes(picture(ordered, rows))
+    print(text)
+    print(f"picture: {out / 'study.png'}")
+    return 0
+
+
+def _trials(
+    setting: Setting, variants: Sequence[Variant], rates: dict[str, Sequence[float]],
+    steps: int, seeds: int, longer: bool,
+) -> Iterator[Trial]:  # fmt: skip
+    from .trial import Trial
+
+    reference = setting.forwards_per_step(variants[0])
+    for variant in variants:
+        numbers = {steps: None}
+        if longer:
+            numbers[round(steps * reference / setting.forwards_per_step(variant))] = None
+        for number in numbers:
+            for optimizer, values in rates.items():
+                for learning_rate in values:
+                    for seed in range(1, seeds + 1):
+                        yield Trial(variant, optimizer, learning_rate, seed, number)
+
+
+def _read_rates(optimizers: Sequence[str], texts: Sequence[str]) -> dict[str, Sequence[float]]:
+    """The learning rates of every optimizer.
+
+    Raises:
+        ValueError: for an unknown optimizer, or what is no number.
+    """
+    from .optimizers import DEFAULT_RATES, OPTIMIZERS
+
+    unknown = sorted(set(optimizers) - OPTIMIZERS.keys())
+    if unknown:
+        raise ValueError(f"--optimizers: unknown {', '.join(unknown)}; there are {', '.join(OPTIMIZERS)}")
+    rates: dict[str, Sequence[float]] = {name: DEFAULT_RATES[name] for name in optimizers}
+    for text in texts:
+        name, _, numbers = text.partition(":")
+        try:
+            values = [float(number) for number in numbers.split(",")]
+        except ValueError:
+            raise ValueError(f"--learning-rates wants OPTIMIZER:RATE,RATE, got {text!r}") from None
+        if name not in rates:
+            raise ValueError(f"--learning-rates: {name!r} is none of --optimizers {', '.join(rates)}")
+        rates[name] = values
+    return rates

@@ -1,0 +1,221 @@
+"""One training run of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..plan import schedules
+from ..plan.costs import CostModel
+from ..plan.planner import Planner
+from ..plan.report import report
+from ..plan.schedule import Schedule
+from ..runtime.device import placed
+from ..runtime.serial import SerialPipeline
+from .optimizers import OPTIMIZERS, rate
+from .problem import Problem, load
+
+VALIDATIONS = 12
+"""Times that a trial is validated, at least, evenly over its steps."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A schedule with its options."""
+
+    schedule: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def read(cls, text: str) -> Variant:
+        """As on the command line: ``paci`` or ``amdp:directions=2,updates=together``.
+
+        Raises:
+            ValueError: for an unknown schedule or option.
+        """
+        name, _, rest = text.partition(":")
+        options = []
+        for setting in filter(None, rest.split(",")):
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise ValueError(f"--schedules wants NAME or NAME:key=value,key=value, got {text!r}")
+            options.append((key, schedules.read_option(name, key, value)))
+        return cls(name, tuple(options))
+
+    def make(self, stages: int, micro_batches: int) -> Schedule:
+        return schedules.make(self.schedule, stages, micro_batches, **dict(self.options))
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in self.options)
+        return f"{self.schedule}:{options}" if options else self.schedule
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all trials of a study share.
+
+    Args:
+        model: ``FILE:FUNCTION`` of the problem.
+        stages, micro_batches: of the pipeline; micro-batches of a step.
+        warm_up: steps until the learning rate is whole.
+        clip: the largest norm of a stage's gradients, or of all stages' where their updates meet; 0: any.
+        device: of the computation.
+        costs: of :meth:`.CostModel.relative`, for the predicted time.
+    """
+
+    model: str
+    stages: int
+    micro_batches: int
+    warm_up: int
+    clip: float
+    device: str = "cpu"
+    costs: tuple[tuple[str, Any], ...] = ()
+
+    def cost_model(self) -> CostModel:
+        return CostModel.relative(self.stages, **dict(self.costs))
+
+    def forwards_per_step(self, variant: Variant) -> float:
+        """Predicted time of a step in the steady state, in forwards of one stage."""
+        schedule = variant.make(self.stages, self.micro_batches)
+        return report(Planner(schedule, self.cost_model()), windows=1).forwards_per_window
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: what is varied."""
+
+    variant: Variant
+    optimizer: str
+    learning_rate: float
+    seed: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.variant} {self.optimizer} {self.learning_rate:g} seed {self.seed} {self.steps} steps"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a trial.
+
+    Args:
+        losses: the mean training loss of every step.
+        validation: ``(steps done, loss)``, with all stages' weights of that version.
+        tokens_per_step: for an axis.
+        forwards_per_step: predicted time of a step, in forwards of one stage.
+    """
+
+    losses: list[float]
+    validation: list[tuple[int, float]]
+    tokens_per_step: int
+    forwards_per_step: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class _Snapshots:
+    """Weights of all stages at the same version, which they come to one after another."""
+
+    stages: int
+    taken: dict[int, dict[int, list[Tensor]]] = field(default_factory=dict)
+
+    def take(self, stage: int, step: int, parameters: Iterable[Tensor]) -> dict[int, list[Tensor]] | None:
+        """Keep those of one stage; returns all of that step once they are there."""
+        found = self.taken.setdefault(step, {})
+        found[stage] = [parameter.detach().clone() for parameter in parameters]
+        return self.taken.pop(step) if len(found) == self.stages else None
+
+
+def run(setting: Setting, trial: Trial, progress: Callable[[int], None] = lambda step: None) -> Outcome:
+    """Train and validate. ``progress`` is told the number of steps that the first stage has done.
+
+    Raises:
+        ValueError: for a problem or a schedule that cannot be made.
+    """
+    problem = load(setting.model)(trial.seed)
+    device = torch.device(setting.device)
+    place: Callable[[Any], Any] = lambda value: placed(value, lambda tensor: tensor.to(device))  # noqa: E731
+    stages = [stage.to(device) for stage in problem.stages(setting.stages)]
+    evaluated = [stage.to(device) for stage in load(setting.model)(trial.seed).stages(setting.stages)]
+    every = max(1, trial.steps // VALIDATIONS)
+    snapshots, validation = _Snapshots(setting.stages), list[tuple[int, float]]()
+
+    def after_step(stage: int, step: int, parameters: list[nn.Parameter]) -> None:
+        if stage == 0:
+            progress(step)
+        if step % every == 0 or step == trial.steps:
+            weights = snapshots.take(stage, step, parameters)
+            if weights is not None:
+                validation.append((step, _validate(evaluated, weights, problem, place)))
+
+    pipeline = SerialPipeline(
+        stages,
+        _optimizers(trial, setting, after_step),
+        problem.loss,
+        trial.variant.make(setting.stages, setting.micro_batches),
+        costs=setting.cost_model(),
+        seeds=[trial.seed] * setting.stages,
+        before_step=lambda parameters: _clip(parameters, setting.clip),
+    )
+    losses = pipeline.train((place(each) for each in problem.micro_batches), trial.steps)
+    return Outcome(
+        losses, validation, problem.tokens * setting.micro_batches, setting.forwards_per_step(trial.variant)
+    )  # fmt: skip
+
+
+def _optimizers(
+    trial: Trial, setting: Setting, after_step: Callable[[int, int, list[nn.Parameter]], None]
+) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """Makes the optimizer of one stage after another, whose learning rate follows its own steps."""
+    made = 0
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        nonlocal made
+        stage, step, made = made, 0, made + 1
+        optimizer = OPTIMIZERS[trial.optimizer](parameters, trial.learning_rate)
+        rates = [group["lr"] for group in optimizer.param_groups]
+
+        def set_rates(*_: Any) -> None:
+            for group, whole in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = whole * rate(step, trial.steps, setting.warm_up)
+
+        def stepped(*_: Any) -> None:
+            nonlocal step
+            step += 1
+            after_step(stage, step, parameters)
+
+        optimizer.register_step_pre_hook(set_rates)
+        optimizer.register_step_post_hook(stepped)
+        return optimizer
+
+    return make
+
+
+def _clip(parameters: list[nn.Parameter], limit: float) -> None:
+    if limit:
+        nn.utils.clip_grad_norm_(parameters, limit)
+
+
+def _validate(
+    stages: list[nn.Module], weights: dict[int, list[Tensor]], problem: Problem, place: Callable[[Any], Any]
+) -> float:
+    """The mean loss of the validation data under ``weights`` by stage."""
+    for number, values in weights.items():
+        trained = [parameter for parameter in stages[number].parameters() if parameter.requires_grad]
+        for parameter, weight in zip(trained, values, strict=True):
+            parameter.data.copy_(weight)
+        stages[number].eval()
+    total = 0.0
+    with torch.no_grad():
+        for each in problem.validation:
+            value, label = place(each)
+            for stage in stages:
+                value = stage(value)
+            total += float(problem.loss(value, label))
+    return total / len(problem.validation)
