@@ -13,8 +13,8 @@ from .trial import Outcome, Trial
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, ROW_HEIGHT, LEGEND_INCHES = 12.0, 3.8, 0.3
-"""Inches: of the picture, of the panels of one optimizer, and of a line of the legend."""
+WIDTH, ROW_HEIGHT = 12.0, 3.8
+"""Inches: of the picture, and of the panels of one optimizer."""
 COLOURS = ("#555555", "#d1631b", "#2f6db5", "#3a8f5a", "#8a4fa3", "#b8860b", "#7a2e2e", "#2e7a78")
 """Of the variants; they begin again after the last. The first is the reference's."""
 SHOWN = 0.6
@@ -33,22 +33,23 @@ def picture(outcomes: Mapping[Trial, Outcome], rows: Sequence[Row]) -> bytes:
     axes = figure.subplots(len(optimizers), 2, squeeze=False, sharey="row")
     for optimizer, (over_tokens, over_time) in zip(optimizers, axes, strict=True):
         ends: list[float] = []
-        for row in rows:
-            if row.optimizer == optimizer and row.best:
-                group = list(_group(outcomes, row))
-                colour = COLOURS[variants.index(row.variant) % len(COLOURS)]
-                label = f"{row.variant}, rate {row.learning_rate:g}"
-                _draw(over_tokens, group, group[0].tokens_per_step / 1e6, colour, label, row.steps)
-                _draw(over_time, group, group[0].forwards_per_step, colour, label, row.steps)
-                curve = mean_curve(group)
-                ends += [loss for _, loss in curve[int(len(curve) * (1 - SHOWN)) :]]
-        if ends:
-            margin = 0.1 * (max(ends) - min(ends) or 1.0)
-            over_tokens.set_ylim(min(ends) - margin, max(ends) + margin)
+        for variant in variants:
+            shown = [row for row in rows if (row.variant, row.optimizer, row.best) == (variant, optimizer, True)]
+            colour = COLOURS[variants.index(variant) % len(COLOURS)]
+            at_equal_tokens, longest = shown[0], max(shown, key=lambda row: row.steps)
+            group = list(_group(outcomes, at_equal_tokens))
+            _draw(over_tokens, group, group[0].tokens_per_step / 1e6, colour, at_equal_tokens)
+            ends += _end(group)
+            group = list(_group(outcomes, longest))
+            _draw(over_time, group, group[0].forwards_per_step, colour, longest)
+            ends += _end(group)
+        margin = 0.1 * (max(ends) - min(ends) or 1.0)
+        over_tokens.set_ylim(min(ends) - margin, max(ends) + margin)
         over_tokens.set_ylabel(f"{optimizer}: validation loss")
         over_tokens.set_xlabel("tokens, millions")
         over_time.set_xlabel("predicted time, forwards of one stage")
-        over_tokens.legend(fontsize="small", frameon=False)
+        for panel in (over_tokens, over_time):
+            panel.legend(fontsize="small", frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
@@ -61,10 +62,17 @@ def _group(outcomes: Mapping[Trial, Outcome], row: Row) -> Iterator[Outcome]:
             yield outcome
 
 
-def _draw(axes: Axes, group: Sequence[Outcome], scale: float, colour: str, label: str, steps: int) -> None:
-    """The mean over the seeds, and their range."""
+def _end(group: Sequence[Outcome]) -> list[float]:
+    """The later losses of a curve."""
+    curve = mean_curve(group)
+    return [loss for _, loss in curve[int(len(curve) * (1 - SHOWN)) :]]
+
+
+def _draw(axes: Axes, group: Sequence[Outcome], scale: float, colour: str, row: Row) -> None:
+    """The mean over the seeds, and their range; ``scale`` is a step's length on the axis."""
     curve = mean_curve(group)
     along = [step * scale for step, _ in curve]
+    label = f"{row.variant}, rate {row.learning_rate:g}, {row.steps} steps"
     axes.plot(along, [loss for _, loss in curve], color=colour, label=label, linewidth=1.6)
     if len(group) > 1:
         losses = list(zip(*([loss for _, loss in outcome.validation] for outcome in group), strict=True))

@@ -32,7 +32,7 @@ class Store:
     def get(self, trial: Trial) -> Outcome | None:
         """What came of it, if it was run under the same setting."""
         path = self._path(trial)
-        return Outcome(**json.loads(path.read_text())["outcome"]) if path.is_file() else None
+        return Outcome.of(json.loads(path.read_text())["outcome"]) if path.is_file() else None
 
     def put(self, trial: Trial, outcome: Outcome) -> None:
         told = {"setting": asdict(self._setting), "trial": asdict(trial), "outcome": asdict(outcome)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -114,8 +114,10 @@ class Outcome:
     tokens_per_step: int
     forwards_per_step: float
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Outcome:
+        """From its fields, as JSON keeps them."""
+        return cls(**{**told, "validation": [(step, loss) for step, loss in told["validation"]]})
 
 
 @dataclass
