@@ -147,11 +147,15 @@ class Channels:
     def expect(self, sender: int, action: Action) -> None:
         """Begin to receive the message for ``action``, which ``sender`` sends next to this rank.
 
-        Where its shapes are not known yet, that begins when it is asked for.
+        Where its shapes are not known yet, that begins when it is asked for. A device's send may hold the sender until
+        then, and others through it: so of direct messages the shapes are waited for here, which the sender tells when
+        it issues the action. By the plan that is before this rank has anything else to do.
         """
-        inbox = self._inboxes.setdefault(sender, _Inbox())
-        inbox.expected.append((action, self._transport.direct))
+        inbox, direct = self._inboxes.setdefault(sender, _Inbox()), self._transport.direct
+        inbox.expected.append((action, direct))
         self._post_known(sender, inbox)
+        while direct and inbox.expected:
+            self._post_next(sender, inbox)
 
     def receive(self, sender: int, action: Action) -> Tensors:
         """The message for ``action``; waits for it, and no longer than the watch allows."""
@@ -264,16 +268,19 @@ class Channels:
             ]
         inbox.posted.append((action, incoming))
 
+    def _post_next(self, sender: int, inbox: _Inbox) -> None:
+        action, _ = inbox.expected[0]
+        signature = self._known_signature(sender, action)
+        if signature is None:
+            encoded = torch.zeros(_SIGNATURE_LENGTH, dtype=torch.int64)
+            self._receive_control(encoded, sender, SIGNATURE_TAG, "receiving a signature", action)
+            signature = Signature.decode(encoded)
+            self._received_signatures[sender, action.stage] = signature
+        self._post(sender, inbox, signature)
+
     def _receive_next(self, sender: int, inbox: _Inbox) -> None:
         if not inbox.posted:
-            action, _ = inbox.expected[0]
-            signature = self._known_signature(sender, action)
-            if signature is None:
-                encoded = torch.zeros(_SIGNATURE_LENGTH, dtype=torch.int64)
-                self._receive_control(encoded, sender, SIGNATURE_TAG, "receiving a signature", action)
-                signature = Signature.decode(encoded)
-                self._received_signatures[sender, action.stage] = signature
-            self._post(sender, inbox, signature)
+            self._post_next(sender, inbox)
         action, incoming = inbox.posted.popleft()
         for message in incoming:
             self._watch.wait(message.work, "receiving", action, sender)

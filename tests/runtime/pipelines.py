@@ -50,6 +50,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     options: tuple[tuple[str, Any], ...] = ()
     stage_costs: tuple[float, ...] = ()
+    dynamic_shapes: bool = False
 
     def make(self) -> Any:
         return make(self.schedule, self.stages, self.micro_batches, **dict(self.options))
@@ -85,7 +86,7 @@ def make_executor(
     schedule, placement = planner.schedule, planner.schedule.placement
     watch = Watch(rank, timeout_seconds)
     links = [(rank, peer) for rank, peers in enumerate(placement.neighbours) for peer in peers]
-    channels = Channels(make_transport(links), watch, keep_sent(schedule))
+    channels = Channels(make_transport(links), watch, keep_sent(schedule), case.dynamic_shapes)
     built = build_stages(case.kind, case.stages, case.dtype)
     modules = {stage: built[stage].to(devices.device()) for stage in placement.stages[rank]}
     optimizers = {

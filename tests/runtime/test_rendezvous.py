@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from amdp_plugin.plan.devices import gradient_buffers
 from amdp_plugin.plan.planner import Planner
@@ -23,8 +25,20 @@ CASES = [
     Case("chimera", 4, 4),
     Case("amdp", 4, 8),
     Case("amdp", 8, 8),
+    Case("1f1b", 3, 4, dynamic_shapes=True),
+    Case("paci", 4, 2, "tuples", dynamic_shapes=True),
+    Case("amdp", 4, 8, dynamic_shapes=True),
 ]
 PARTS = (2, 1, 3)
+_made: list[RendezvousTransport] = []
+"""Until the process ends: a transport that goes closes connections that others may still look at."""
+
+
+def micro_batches(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
+    """As ever, or with a row more or less from one to the next."""
+    for index, (x, y) in enumerate(data(case.dtype)):
+        rows = 1 + index % len(x) if case.dynamic_shapes else len(x)
+        yield x[:rows], y[:rows]
 
 
 def train(rank: int, case: Case, buffers: int, timeout_seconds: float = 60) -> dict[str, Any]:
@@ -33,9 +47,10 @@ def train(rank: int, case: Case, buffers: int, timeout_seconds: float = 60) -> d
 
     def transport(links: Links) -> RendezvousTransport:
         transports.append(RendezvousTransport(range(case.stages), timeout_seconds))
+        _made.append(transports[-1])
         return transports[-1]
 
-    executor, worker = make_executor(rank, case, None, timeout_seconds, transport, buffers)
+    executor, worker = make_executor(rank, case, micro_batches(case), timeout_seconds, transport, buffers)
     for part, windows in enumerate(PARTS):
         if part == 2:
             executor._channels.forget_shapes()  # type: ignore[union-attr]
@@ -49,13 +64,18 @@ def train(rank: int, case: Case, buffers: int, timeout_seconds: float = 60) -> d
     return result(executor, worker)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.schedule}-{case.stages}-{case.micro_batches}")
+def name(case: Case) -> str:
+    grown = "-dynamic" if case.dynamic_shapes else ""
+    return f"{case.schedule}-{case.stages}-{case.micro_batches}{grown}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
 def test_a_device_may_be_synchronized_after_any_action(case: Case) -> None:
     """No rank waits for ever, and all compute what the oracle says."""
     found = run_ranks(case.stages, train, case, gradient_buffers(Planner(case.make(), case.costs())))
-    oracle, micro_batches = make_oracle(case), data(case.dtype)
+    oracle, trained = make_oracle(case), micro_batches(case)
     for windows in PARTS:
-        oracle.train(micro_batches, windows)
+        oracle.train(trained, windows)
     assert_equals_oracle(found, oracle)
 
 
