@@ -20,6 +20,8 @@ from .torch_private import default_store
 
 MAX_CHANNELS = 4
 """Of NCCL, a message: each takes a multiprocessor from the stages' own work, for as long as it waits."""
+MESSAGES_SHARE = 0.5
+"""Of a device's multiprocessors, at most, that messages may hold at once: what is computed must find some free."""
 CLEAN_UP_ONLY = "2"
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -29,13 +31,17 @@ _made: Counter[tuple[str, ...]] = Counter()
 class Group:
     """A group that its members alone make; peers are named by their global ranks."""
 
-    def __init__(self, members: Sequence[int], backend: str, timeout: timedelta) -> None:
+    def __init__(
+        self, members: Sequence[int], backend: str, timeout: timedelta, max_channels: int = MAX_CHANNELS
+    ) -> None:
         self._members = sorted(members)
         key = (backend, *map(str, self._members))
         _made[key] += 1
         store = dist.PrefixStore(f"amdp_plugin {' '.join(key)} {_made[key]}", default_store())
-        make = _nccl if backend == "nccl" else _gloo
-        self._group = make(store, self._members.index(dist.get_rank()), len(self._members), timeout)
+        place = self._members.index(dist.get_rank()), len(self._members)
+        self._group = (
+            _nccl(store, *place, timeout, max_channels) if backend == "nccl" else _gloo(store, *place, timeout)
+        )
 
     def send(self, tensor: Tensor, receiver: int, tag: int) -> dist.Work:
         return self._group.send([tensor], self._members.index(receiver), tag)
@@ -74,9 +80,24 @@ def _gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
         ) from error
 
 
-def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+def channels_of_a_message(multiprocessors: int, links: int) -> int:
+    """How many multiprocessors a message may take where a device has ``links`` of them, each with one under way.
+
+    Raises:
+        ValueError: when there are more links than :data:`MESSAGES_SHARE` of the multiprocessors.
+    """
+    budget = int(multiprocessors * MESSAGES_SHARE)
+    if links > budget:
+        raise ValueError(
+            f"messages would take {links} of this device's {multiprocessors} multiprocessors while they wait, and may "
+            f'take {budget}: use fewer "directions", so that fewer ranks hold each stage'
+        )
+    return min(MAX_CHANNELS, budget // links) if links else MAX_CHANNELS
+
+
+def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta, max_channels: int) -> Any:
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options.config.max_ctas = MAX_CHANNELS
+    options.config.max_ctas = max_channels
     options._timeout = timeout
     # When a message fails, torch's watchdog is to give the communicator up, so that the device goes on and the host
     # can tell. By default it ends the process, without a word of the pipeline, by itself or through the job's group.

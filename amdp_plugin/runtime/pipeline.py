@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..plan.action import Action
 from ..plan.costs import CostModel
 from ..plan.devices import RECEIVE_BUFFERS, gradient_buffers
+from ..plan.placement import Placement
 from ..plan.planner import Planner
 from ..plan.report import Report, report
 from ..plan.schedule import Schedule
@@ -27,6 +29,7 @@ from .device import device_of
 from .exchange import Exchange, gradient_links, weight_links
 from .executor import Executor, Worker, keep_sent
 from .feed import Feed
+from .groups import MAX_CHANNELS, channels_of_a_message
 from .losses import WindowLosses
 from .random_streams import Generators, RandomStreams
 from .replica import Replica
@@ -143,8 +146,7 @@ class Pipeline:
         if self.channels is not None:
             self.channels.keep_sent = keep_sent(schedule)
         elif schedule.num_ranks > 1:
-            pairs = [(rank, peer) for rank, peers in enumerate(schedule.placement.neighbours) for peer in peers]
-            transport = self._make_transport(pairs)
+            transport = self._make_transport(stage_links(schedule.placement))
             site = self.site
             self.channels = Channels(
                 transport, self.watch, keep_sent(schedule), site.dynamic_shapes, site.shapes_hint
@@ -205,8 +207,23 @@ class Pipeline:
 
     def _make_transport(self, pairs: Iterable[tuple[int, int]]) -> Transport:
         site = self.site
-        self._transports.append(Transport(site.ranks, pairs, site.device, site.timeout_seconds))
+        channels = MAX_CHANNELS
+        if site.device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(site.device).multi_processor_count
+            channels = channels_of_a_message(multiprocessors, most_links(self.schedule.placement))
+        self._transports.append(Transport(site.ranks, pairs, site.device, site.timeout_seconds, channels))
         return self._transports[-1]
+
+
+def stage_links(placement: Placement) -> list[tuple[int, int]]:
+    """The directed pairs of ranks over which activations and their gradients go."""
+    return [(rank, peer) for rank, peers in enumerate(placement.neighbours) for peer in peers]
+
+
+def most_links(placement: Placement) -> int:
+    """The links of the rank that has most: each can have one message under way on the rank's device."""
+    links = [*stage_links(placement), *gradient_links(placement), *weight_links(placement)]
+    return max(Counter(rank for link in links for rank in link).values(), default=0)
 
 
 def _close(reference: weakref.ref[Pipeline]) -> None:

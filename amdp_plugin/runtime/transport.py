@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .groups import Group
+from .groups import MAX_CHANNELS, Group
 from .watch import InStream, Waitable
 
 ACTIVATION_TAG, GRADIENT_TAG, WEIGHT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG = range(1, 7)
@@ -61,10 +61,16 @@ class Transport:
         links: the directed pairs (pipeline ranks) that exchange tensors.
         device: where tensors live.
         timeout_seconds: bound on every operation of the groups.
+        max_channels: multiprocessors that a message may take.
     """
 
     def __init__(
-        self, ranks: Sequence[int], links: Iterable[tuple[int, int]], device: torch.device, timeout_seconds: float
+        self,
+        ranks: Sequence[int],
+        links: Iterable[tuple[int, int]],
+        device: torch.device,
+        timeout_seconds: float,
+        max_channels: int = MAX_CHANNELS,
     ) -> None:
         self.ranks, self.device, self.direct = list(ranks), device, False
         timeout = timedelta(seconds=timeout_seconds)
@@ -74,7 +80,8 @@ class Transport:
         if device.type == "cuda" and "nccl" in str(dist.get_backend()):
             for link in sorted(set(links)):
                 if me in link:
-                    self._groups[link] = Group([self.ranks[rank] for rank in link], "nccl", WATCHDOG * timeout)
+                    pair = [self.ranks[rank] for rank in link]
+                    self._groups[link] = Group(pair, "nccl", WATCHDOG * timeout, max_channels)
                     self._connect(*link, timeout)
 
     def _connect(self, sender: int, receiver: int, timeout: timedelta) -> None:

@@ -15,6 +15,7 @@ from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.channels import Channels
 from amdp_plugin.runtime.exchange import Exchange, gradient_links, weight_links
 from amdp_plugin.runtime.executor import Executor, keep_sent
+from amdp_plugin.runtime.pipeline import stage_links
 from amdp_plugin.runtime.plain import PlainWorker
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.runtime.transport import Transport
@@ -85,8 +86,7 @@ def make_executor(
     planner = Planner(case.make(), case.costs())
     schedule, placement = planner.schedule, planner.schedule.placement
     watch = Watch(rank, timeout_seconds)
-    links = [(rank, peer) for rank, peers in enumerate(placement.neighbours) for peer in peers]
-    channels = Channels(make_transport(links), watch, keep_sent(schedule), case.dynamic_shapes)
+    channels = Channels(make_transport(stage_links(placement)), watch, keep_sent(schedule), case.dynamic_shapes)
     built = build_stages(case.kind, case.stages, case.dtype)
     modules = {stage: built[stage].to(devices.device()) for stage in placement.stages[rank]}
     optimizers = {

@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from amdp_plugin.runtime.groups import interface
+from amdp_plugin.plan.schedule import Schedule
+from amdp_plugin.plan.schedules import make
+from amdp_plugin.runtime.groups import channels_of_a_message, interface
+from amdp_plugin.runtime.pipeline import most_links
 from amdp_plugin.runtime.transport import ACTIVATION_TAG, Transport
 
 from ..processes import run_ranks
@@ -57,3 +60,18 @@ def test_traces_hold_the_actions_names() -> None:
     for rank, names in enumerate(run_ranks(2, _traced, timeout=60)):
         actions = {f"{kind}{micro_batch}" for kind in (f"{rank}F", f"{rank}B") for micro_batch in range(2)}
         assert any(action in name for name in names for action in actions), sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "links"), [(make("1f1b", 2, 2), 2), (make("paci", 8, 8), 4), (make("amdp", 8, 8), 4 + 12)]
+)
+def test_links_of_the_busiest_rank(schedule: Schedule, links: int) -> None:
+    """A middle rank of 8 sends to and hears from two neighbours. Under amdp it is home to one stage with three guests
+    and a guest of three: gradients and weights, each way."""
+    assert most_links(schedule.placement) == links
+
+
+def test_messages_leave_multiprocessors_to_the_stages() -> None:
+    assert [channels_of_a_message(132, links) for links in (0, 2, 16, 32, 66)] == [4, 4, 4, 2, 1]
+    with pytest.raises(ValueError, match=r'67 of .* 132 multiprocessors .*may take 66: use fewer "directions"'):
+        channels_of_a_message(132, 67)
