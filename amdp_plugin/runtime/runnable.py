@@ -17,6 +17,11 @@ def check_runnable(schedule: Schedule) -> None:
             f"next window's, so update_delay must be 0, it is {schedule.update_delay} (amdp: use "
             '"updates": "together")'
         )
+    if schedule.compensation != "none":
+        raise ValueError(
+            f"schedule {schedule.name!r} can be planned, not run, with compensation {schedule.compensation!r}; use "
+            '"none"'
+        )
     if schedule.weights != "latest":
         raise ValueError(
             f"schedule {schedule.name!r} can be planned, not run: a backward uses the latest weights, and no others "
