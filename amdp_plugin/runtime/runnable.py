@@ -17,11 +17,6 @@ def check_runnable(schedule: Schedule) -> None:
             f"next window's, so update_delay must be 0, it is {schedule.update_delay} (amdp: use "
             '"updates": "together")'
         )
-    if schedule.compensation != "none":
-        raise ValueError(
-            f"schedule {schedule.name!r} can be planned, not run, with compensation {schedule.compensation!r}; use "
-            '"none"'
-        )
     if schedule.weights != "latest":
         raise ValueError(
             f"schedule {schedule.name!r} can be planned, not run: a backward uses the latest weights, and no others "
@@ -35,6 +30,11 @@ def check_homes(schedule: Schedule) -> None:
     Raises:
         ValueError: with the placement.
     """
+    if schedule.compensation != "none":
+        raise ValueError(
+            f"schedule {schedule.name!r} can be planned, not run, with compensation {schedule.compensation!r}; use "
+            '"none"'
+        )
     if any(schedule.placement.home(stage) != stage for stage in range(schedule.num_stages)):
         raise ValueError(
             f"schedule {schedule.name!r}: its first direction must place stage s on rank s, it places them on "
