@@ -50,7 +50,9 @@ class ScheduleSettings(CommonOptions):
         chosen, updates = dict(self.options), schedules.options(self.name).get("updates")
         if meet and updates is not None and chosen.get("updates", updates.default) == "auto":
             chosen["updates"] = "together"
-        return schedules.make(self.name, num_stages, micro_batches, **chosen)
+        return schedules.make(
+            self.name, num_stages, micro_batches, compensation=self.compensation, strength=self.strength, **chosen
+        )
 
 
 def read_schedule(section: Any, where: str) -> ScheduleSettings:

@@ -43,6 +43,10 @@ def plan(
     stage_costs: Annotated[
         str | None, typer.Option(help="Time of every stage's forward, where they differ, as in 1,1,1,1.5.")
     ] = None,
+    compensation: Annotated[
+        str, typer.Option(help="What is done about gradients that are late: none or error_feedback.")
+    ] = "none",
+    strength: Annotated[float, typer.Option(help="Of error feedback, in units of the plan's own figure.")] = 1.0,
     option: Annotated[list[str] | None, typer.Option(help="An option of the schedule, as key=value.")] = None,
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.text,
     out: Annotated[Path | None, typer.Option(help="File to write to, instead of standard output.")] = None,
@@ -54,7 +58,10 @@ def plan(
         raise ValueError(f"--backward-ratio is above 0, got {backward_ratio}")
     if not 0 <= link_cost < inf:
         raise ValueError(f"--link-cost is at least 0, got {link_cost}")
-    chosen = schedules.make(schedule, stages, micro_batches, **_read_options(schedule, option or ()))
+    chosen = schedules.make(
+        schedule, stages, micro_batches, compensation=compensation, strength=strength,
+        **_read_options(schedule, option or ()),
+    )  # fmt: skip
     costs = CostModel.relative(
         stages, backward_ratio=backward_ratio, link_cost=link_cost, stage_costs=_read_costs(stage_costs or "")
     )

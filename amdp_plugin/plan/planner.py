@@ -122,6 +122,17 @@ class Planner:
         count = len(self._windows)
         return (count - self.period, count) if self.period else (count // 2, count)
 
+    def settled_windows(self) -> range:
+        """Windows that repeat for ever, and so late that what is backwarded in them was forwarded in such ones.
+
+        Where no repetition was seen, those of :meth:`steady_windows`.
+        """
+        first, last = self.steady_windows()
+        schedule = self.schedule
+        carried = -(-max(schedule.in_flight) * schedule.placement.directions // schedule.micro_batches)
+        later = last - first + carried if self.period else 0
+        return range(first + later, last + later)
+
     def _shift(self, index: int) -> int:
         """How many windows after a generated one the like window ``index`` comes: 0 for a generated one."""
         while index >= len(self._windows) and self.period is None:

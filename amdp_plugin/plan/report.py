@@ -14,6 +14,7 @@ from .planner import Planner
 from .program import Program
 from .schedule import Place, Schedule
 from .simulate import in_flight, simulate
+from .staleness import coefficient, mean_staleness
 from .verify import verify
 from .versions import Version, versions
 
@@ -36,11 +37,15 @@ class Report:
         max_version_gap: the largest of ``version_gap_by_stage``.
         max_version_gap_stated: the largest gap that the schedule states it may show.
         max_staleness: updates between a forward and the update its gradient goes into, at most.
+        mean_staleness_by_stage: the same in the mean over the micro-batches of a window.
+        compensation: what is done about it.
+        coefficient: what error feedback multiplies a stage's last update with; see :mod:`.staleness`.
         version_gap_by_stage: (version at backward) - (version at forward), the largest of each stage.
         mismatched_by_stage: micro-batches with a gap above 0, in the window that has most of them.
         peak_in_flight_by_rank: micro-batches forwarded and not yet backwarded, at most, over all stages of the rank
             and with the warm-up.
-        weight_copies_by_rank: copies of the weights of one stage that a rank holds.
+        weight_copies_by_rank: copies of the weights of one stage that a rank holds. Error feedback keeps one more at
+            the home of a stage, where the host has no master copy that serves for it.
         gradient_copies_by_rank: the same of sums of gradients: one for every stage here, and one for a stage whose
             closed window is parked.
         optimizer_states_by_rank: stages whose optimizer state a rank keeps. Under 1F1B all three are 1.
@@ -64,6 +69,9 @@ class Report:
     max_version_gap: int
     max_version_gap_stated: int
     max_staleness: int
+    mean_staleness_by_stage: tuple[float, ...]
+    compensation: str
+    coefficient: float | None
     version_gap_by_stage: tuple[int, ...]
     mismatched_by_stage: tuple[int, ...]
     peak_in_flight_by_rank: tuple[int, ...]
@@ -94,6 +102,7 @@ class Report:
             *_item("gap", f"by stage: {_numbers(self.version_gap_by_stage)}", width),
             *_item("mismatched", f"micro-batches of a window, by stage: {_numbers(self.mismatched_by_stage)}", width),
             *_item("in flight", f"at most, by rank: {_numbers(self.peak_in_flight_by_rank)}", width),
+            *_item("compensation", self._compensated(), width),
             *_item("weight copies", f"by rank: {_numbers(self.weight_copies_by_rank)}", width),
             *_item("gradients", f"copies, by rank: {_numbers(self.gradient_copies_by_rank)}; optimizer states: "
                    f"{_numbers(self.optimizer_states_by_rank)}", width),
@@ -101,6 +110,15 @@ class Report:
             RECOMPUTATION,
         ]
         return "\n".join(lines)
+
+    def _compensated(self) -> str:
+        stale = f"the largest mean staleness of a stage is r = {max(self.mean_staleness_by_stage):.6g}"
+        if self.coefficient is None:
+            return f"none; {stale}"
+        return (
+            f"error feedback, x = z + {self.coefficient:.6g} (z - z_before); {stale}; z is one more copy of a stage's "
+            "weights at its home, none where there are master weights"
+        )
 
     def _proof(self) -> str:
         if self.breach is not None:
@@ -120,15 +138,15 @@ def report(planner: Planner, windows: int) -> Report:
             instead, by ``deadlock_free``.
     """
     schedule = planner.schedule
-    first, last = planner.steady_windows()
-    later = (last - first + _carried_windows(schedule)) if planner.period else 0
-    first, last = (first + later, last + later)
+    settled = planner.settled_windows()
+    first, last = settled.start, settled.stop
     program = planner.program(last)
     order, breach = _proof(program)
     timing = simulate(program, planner.costs, order)
     found = versions(program)
     utilization, seconds = timing.utilization(first, last), timing.seconds_per_window(first, last)
     gaps = _gap_by_stage(schedule, found)
+    staleness = mean_staleness(schedule, found, settled)
     return Report(
         schedule=schedule.name,
         options=schedule.options,
@@ -144,8 +162,11 @@ def report(planner: Planner, windows: int) -> Report:
         max_version_gap=max(gaps),
         max_version_gap_stated=max(schedule.max_gap),
         max_staleness=max(version.staleness for version in found.values()),
+        mean_staleness_by_stage=staleness,
+        compensation=schedule.compensation,
+        coefficient=coefficient(schedule, staleness),
         version_gap_by_stage=gaps,
-        mismatched_by_stage=_mismatched_by_stage(schedule, found, range(first, last)),
+        mismatched_by_stage=_mismatched_by_stage(schedule, found, settled),
         peak_in_flight_by_rank=tuple(max(in_flight(program, rank)) for rank in range(schedule.num_ranks)),
         weight_copies_by_rank=_weight_copies(schedule),
         gradient_copies_by_rank=_gradient_copies(schedule),
@@ -155,14 +176,6 @@ def report(planner: Planner, windows: int) -> Report:
         verified_windows=last,
         period=planner.period,
     )
-
-
-def _carried_windows(schedule: Schedule) -> int:
-    """Windows at most between a micro-batch's forward and its backward.
-
-    The versions of what was forwarded before the first repeating window are only seen after that many.
-    """
-    return -(-max(schedule.in_flight) * schedule.placement.directions // schedule.micro_batches)
 
 
 def _proof(program: Program) -> tuple[Sequence[Place] | None, str | None]:
@@ -194,9 +207,14 @@ def _mismatched_by_stage(
 
 
 def _weight_copies(schedule: Schedule) -> tuple[int, ...]:
-    """A stage that computes with other weights than the latest keeps every version that may be in flight."""
+    """A stage that computes with other weights than the latest keeps every version that may be in flight; with error
+    feedback its home keeps the plain iterate too."""
     copies = [1 if schedule.weights == "latest" else 1 + gap for gap in schedule.max_gap]
-    return tuple(sum(copies[stage] for stage in stages) for stages in schedule.placement.stages)
+    plain = 0 if schedule.compensation == "none" else 1
+    return tuple(
+        sum(copies[stage] for stage in stages) + plain * len(homes)
+        for stages, homes in zip(schedule.placement.stages, _homes(schedule), strict=True)
+    )
 
 
 def _homes(schedule: Schedule) -> list[list[int]]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
@@ -35,6 +36,7 @@ be started, in mean forwards of a stage."""
 
 
 WEIGHTS = ("latest", "stashed")
+COMPENSATIONS = ("none", "error_feedback")
 
 
 def backward_first(action: Action, since: float) -> tuple[int, int]:
@@ -68,6 +70,10 @@ class Schedule:
         max_gap: for every stage, the largest (version at backward) - (version at forward) it may show.
         weights: which weights a backward uses: the ``"latest"``, or those of its forward, ``"stashed"``.
 
+        compensation: what is done about gradients that are late: ``"none"``, or ``"error_feedback"``, see
+            :mod:`.staleness`.
+        strength: by how much more, or less, than the plan's figure error feedback looks ahead.
+
         update_delay: backwards of the next window that a rank may run on a stage, at most, before the update
             of the closed window; above 0 the closed window's gradient is parked meanwhile.
         together: whether the homes' updates of a window are one meeting: every home enters with its own, and
@@ -96,6 +102,8 @@ class Schedule:
     in_flight: tuple[int, ...]
     max_gap: tuple[int, ...]
     weights: str = "latest"
+    compensation: str = "none"
+    strength: float = 1.0
 
     update_delay: int = 0
     together: bool = False
@@ -124,6 +132,7 @@ class Schedule:
             raise ValueError(f"{self.name}: every stage must admit at least one micro-batch, got {self.in_flight}")
         if self.weights not in WEIGHTS:
             raise ValueError(f"{self.name}: weights are {' or '.join(WEIGHTS)}, got {self.weights!r}")
+        self._check_compensation()
         if self.update_delay < 0:
             raise ValueError(f"{self.name}: update_delay counts backwards, at least 0; got {self.update_delay}")
         if self.flush_every and self.update_delay:
@@ -134,6 +143,17 @@ class Schedule:
                 f"is at most {self.micro_batches // directions}, got {self.update_delay}"
             )
         self._try_priorities()
+
+    def _check_compensation(self) -> None:
+        if self.compensation not in COMPENSATIONS:
+            raise ValueError(f"{self.name}: compensation is {' or '.join(COMPENSATIONS)}, got {self.compensation!r}")
+        if not 0 < self.strength < inf:
+            raise ValueError(f"{self.name}: strength is a number above 0, got {self.strength}")
+        if self.flush and self.compensation != "none":
+            raise ValueError(
+                f"{self.name}: compensation {self.compensation!r} means nothing under a flush at every window, where "
+                'no gradient is late (staleness 0); use "none", or a free-running schedule'
+            )
 
     def _try_priorities(self) -> None:
         """They are called in earnest only where a rank has a choice, which may come late in a run."""

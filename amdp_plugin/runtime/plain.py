@@ -13,6 +13,7 @@ from ..plan.action import Action
 from ..plan.schedule import Schedule
 from .channels import Tensors
 from .feed import Feed
+from .feedback import ErrorFeedback
 from .losses import WindowLosses
 from .random_streams import RandomStreams
 from .replica import make_replicas
@@ -31,6 +32,7 @@ class PlainWorker(StagesWorker):
         optimizers: for every stage that has its home here, what steps it after a window, with the mean gradient.
         loss: of the last stage, a scalar.
         data: where a first or last stage is, the ``(input, label)`` micro-batches of all directions.
+        coefficient: of error feedback, from :func:`.plan.staleness.planned_coefficient`; ``None`` without.
 
     Attributes:
         reported: the loss of every micro-batch whose last stage is here, as far as it was not cancelled.
@@ -44,12 +46,17 @@ class PlainWorker(StagesWorker):
         optimizers: Mapping[int, torch.optim.Optimizer],
         loss: Loss | None = None,
         data: Iterator[tuple[Any, Any]] | None = None,
+        coefficient: float | None = None,
     ) -> None:
         feed = Feed(lambda: next(data), partial(schedule.placement.is_end, rank)) if data else None
         replicas = make_replicas(schedule.placement, rank, modules)
         streams = RandomStreams(schedule.placement.directions)
         super().__init__(schedule, feed, streams, WindowLosses(), replicas)
         self.modules, self._optimizers, self.reported = modules, optimizers, dict[int, float]()
+        self.feedback = {
+            stage: ErrorFeedback(modules[stage].parameters(), [optimizer], coefficient=coefficient)
+            for stage, optimizer in optimizers.items()
+        }
         self._stages = {
             stage: Stage(module, loss if stage == self.last_stage else None, lambda loss: loss / schedule.micro_batches)
             for stage, module in modules.items()
@@ -79,7 +86,7 @@ class PlainWorker(StagesWorker):
 
     def update(self, action: Action) -> None:
         optimizer = self._optimizers[action.stage]
-        with live_update(self.modules[action.stage].parameters()):
+        with live_update(self.modules[action.stage].parameters()), self.feedback[action.stage].stepping():
             optimizer.step()
         optimizer.zero_grad()
 

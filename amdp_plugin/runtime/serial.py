@@ -20,6 +20,7 @@ from ..plan.costs import CostModel
 from ..plan.planner import Planner
 from ..plan.play import play
 from ..plan.schedule import Schedule
+from ..plan.staleness import planned_coefficient
 from ..plan.verify import verify
 from .random_streams import split
 from .runnable import check_runnable
@@ -42,6 +43,9 @@ class SerialPipeline:
     result is written over the parameters of each of the stage's replicas as their next version. A backward
     uses the version that its replica then has, whatever its forward used. Each direction on each rank draws
     its random numbers from a stream of its own.
+
+    With error feedback a version is ``z + coefficient * (z - z_before)``, of what the optimizer has made and what it
+    had made before; the optimizer goes on from ``z``, and does not know.
 
     Args:
         stages: the consecutive slices of the model. A stage takes and returns a tensor or a tuple of tensors.
@@ -99,6 +103,8 @@ class SerialPipeline:
         self._data: dict[int, tuple[Any, Any]] = {}
         self._losses: dict[int, Tensor] = {}
         self._gathered: set[int] = set()
+        self._coefficient = 0.0
+        self._latest: dict[int, list[Tensor]] = {}
         self._flying: dict[tuple[int, int], tuple[Tensors, Tensors, int]] = {}
         self._messages: dict[tuple[int, str, int], Tensors] = {}
 
@@ -109,6 +115,11 @@ class SerialPipeline:
     def replica(self, stage: int, rank: int) -> nn.Module:
         """``stage`` as ``rank`` holds it."""
         return self._replicas[stage][rank].module
+
+    def plain(self, stage: int) -> list[Tensor]:
+        """What the optimizer of ``stage`` has made, one tensor a trained parameter: without error feedback, what the
+        stage computes with."""
+        return [master.detach() for master in self._masters[stage]]
 
     def train(self, data: Iterator[tuple[Any, Any]], windows: int) -> list[float]:
         """Run ``windows`` windows, from an empty pipeline to an empty pipeline.
@@ -124,7 +135,8 @@ class SerialPipeline:
         Raises:
             ProgramError: before anything is trained, when the program of the schedule breaks a law.
         """
-        program = Planner(self.schedule, self._costs).program(windows)
+        planner = Planner(self.schedule, self._costs)
+        program, self._coefficient = planner.program(windows), planned_coefficient(planner) or 0.0
         verify(program)
         size, first = self.schedule.micro_batches, self.versions[0]
         numbers = range(first * size, (first + windows) * size)
@@ -180,15 +192,23 @@ class SerialPipeline:
 
     def _update(self, rank: int, stage: int) -> None:
         """At home: step the masters with the gradients of all replicas. Everywhere: take the result as next version."""
-        masters, replica = self._masters[stage], self._replicas[stage][rank]
+        replica = self._replicas[stage][rank]
         if replica is self._home(stage):
             if stage not in self._gathered:
                 met = range(len(self.stages)) if self.schedule.together else (stage,)
                 self._before_step([master for each in met for master in self._gather(each)])
             self._gathered.discard(stage)
+            before = [tensor.clone() for tensor in self.plain(stage)] if self._coefficient else None
             self.optimizers[stage].step()
             self.optimizers[stage].zero_grad(set_to_none=True)
-        replica.load(masters)
+            self._latest[stage] = self._ahead(self.plain(stage), before)
+        replica.load(self._latest[stage])
+
+    def _ahead(self, plain: list[Tensor], before: list[Tensor] | None) -> list[Tensor]:
+        """What a stage computes with after an update from ``before`` to ``plain``."""
+        if before is None:
+            return plain
+        return [new + self._coefficient * (new - old) for new, old in zip(plain, before, strict=True)]
 
     def _gather(self, stage: int) -> list[nn.Parameter]:
         """The masters of ``stage``, with the sum of its replicas' gradients."""
@@ -249,11 +269,11 @@ class _Replica:
             parameter.grad = None
         return found
 
-    def load(self, masters: list[nn.Parameter]) -> None:
-        """Take the masters' values as the next version."""
-        for parameter, master in zip(self._parameters, masters, strict=True):
+    def load(self, values: list[Tensor]) -> None:
+        """Take them as the next version."""
+        for parameter, value in zip(self._parameters, values, strict=True):
             # Through .data, so that graphs that saved the parameter read the new version.
-            parameter.data.copy_(master.detach())
+            parameter.data.copy_(value)
         self.version += 1
 
 

@@ -61,6 +61,15 @@ def test_json_is_what_was_asked_for(capfdbinary):
     assert found["forwards_per_window"] == pytest.approx(4 * 2.5)
 
 
+def test_compensation(capfdbinary):
+    arguments = ["plan", "--schedule", "paci", "--stages", "8", "--micro-batches", "4", "--format", "json"]
+    assert main([*arguments, "--compensation", "error_feedback", "--strength", "0.5"]) == 0
+    found = json.loads(capfdbinary.readouterr().out)
+    assert found["options"] == {"extra_in_flight": 0, "compensation": "error_feedback", "strength": 0.5}
+    assert (found["compensation"], found["coefficient"]) == ("error_feedback", 0.5 * 7 / 4)
+    assert found["mean_staleness_by_stage"] == [(7 - stage) / 4 for stage in range(8)]
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -85,6 +94,10 @@ def test_json_is_what_was_asked_for(capfdbinary):
         ([*PACI, "--option", "depth=3"], "has no option depth; it has extra_in_flight"),
         ([*PACI, "--option", "extra_in_flight=x"], "is a whole number, got 'x'"),
         ([*PACI, "--option", "extra_in_flight=-1"], "cannot be negative, got -1"),
+        ([*PACI, "--compensation", "x"], "compensation is none or error_feedback, got 'x'"),
+        ([*PACI, "--compensation", "error_feedback", "--strength", "0"], "strength is a number above 0, got 0.0"),
+        ([*PACI, "--compensation", "error_feedback", "--strength", "nan"], "strength is a number above 0, got nan"),
+        ([*PACI, "--schedule", "1f1b", "--compensation", "error_feedback"], "no gradient is late (staleness 0)"),
         ([*PACI, "--out", "/nowhere/at/all.txt"], "cannot write /nowhere/at/all.txt: No such file or directory"),
     ],
 )
@@ -107,7 +120,7 @@ def test_help_names_every_option(capfd):
     assert main(["plan", "--help"]) == 0
     out = capfd.readouterr().out
     options = "schedule stages micro-batches windows backward-ratio link-cost stage-costs format out"
-    for option in options.split():
+    for option in [*options.split(), "compensation", "strength"]:
         assert f"--{option}" in out
 
 

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.devices import RECEIVE_BUFFERS
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedules import make
+from amdp_plugin.plan.staleness import planned_coefficient
 from amdp_plugin.runtime.channels import Channels
 from amdp_plugin.runtime.exchange import Exchange, gradient_links, weight_links
 from amdp_plugin.runtime.executor import Executor, keep_sent
 from amdp_plugin.runtime.pipeline import stage_links
+from amdp_plugin.runtime.feedback import ErrorFeedback
 from amdp_plugin.runtime.plain import PlainWorker
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.runtime.transport import Transport
@@ -96,7 +98,7 @@ def make_executor(
     }
     reads = any(placement.is_end(rank, micro_batch) for micro_batch in range(placement.directions))
     micro_batches = (placed(case.dtype) if feed is None else feed) if reads else None
-    worker = PlainWorker(schedule, rank, modules, optimizers, loss, micro_batches)
+    worker = PlainWorker(schedule, rank, modules, optimizers, loss, micro_batches, planned_coefficient(planner))
     exchange = None
     if worker.replicas:
         gradients, weights = make_transport(gradient_links(placement)), make_transport(weight_links(placement))
@@ -130,6 +132,10 @@ def result(executor: Executor, worker: PlainWorker) -> dict[str, Any]:
             stage: {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
             for stage, module in worker.modules.items()
         },
+        "plain": {
+            stage: [value.to("cpu") for value in plain(worker.modules[stage], feedback)]
+            for stage, feedback in worker.feedback.items()
+        },
         "random": worker.streams.states(),
         "losses": dict(worker.reported),
         "gap": executor.largest_gap,
@@ -137,14 +143,26 @@ def result(executor: Executor, worker: PlainWorker) -> dict[str, Any]:
     }
 
 
+def plain(module: nn.Module, feedback: ErrorFeedback) -> list[Tensor]:
+    """The plain iterate, as an evaluation sees it."""
+    feedback.put_plain()
+    seen = [parameter.detach().clone() for parameter in module.parameters()]
+    feedback.put_ahead()
+    return seen
+
+
 def assert_equals_oracle(found: list[dict[str, Any]], oracle: SerialPipeline) -> None:
-    """Weights and buffers of every replica, random states and measured gap of every rank, bit for bit."""
+    """Weights and buffers of every replica, what every home's optimizer made, random states and measured gap of every
+    rank, bit for bit."""
     placement = oracle.schedule.placement
     for rank, end in enumerate(found):
         assert tuple(end["weights"]) == placement.stages[rank]
         for stage, weights in end["weights"].items():
             for key, value in oracle.replica(stage, rank).state_dict().items():
                 assert torch.equal(weights[key], value.cpu()), f"rank {rank}, stage {stage}: {key}"
+        for stage, values in end["plain"].items():
+            for value, expected in zip(values, oracle.plain(stage), strict=True):
+                assert torch.equal(value, expected.cpu()), f"rank {rank}, stage {stage}: plain iterate"
         for direction, (state, expected) in enumerate(zip(end["random"], oracle.random_states[rank], strict=True)):
             assert torch.equal(state, expected), f"rank {rank}, direction {direction}: random state"
         own = [used for (stage, index), used in oracle.used.items() if placement.rank_of(stage, index) == rank]

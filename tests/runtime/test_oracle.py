@@ -19,7 +19,7 @@ def train(rank: int, windows: int, case: Case) -> dict[str, Any]:
     executor, worker = make_executor(rank, case)
     for _ in range(windows):
         executor.run_window()
-    return result(executor, worker)
+    return {"rank": rank, **result(executor, worker)}
 
 
 def check(case: Case, windows: int = 5) -> list[dict[str, Any]]:
@@ -51,6 +51,30 @@ def test_amdp(stages: int, size: int, options: dict[str, int], kind: str) -> Non
 @pytest.mark.parametrize(("stages", "size"), [(2, 2), (4, 4), (6, 4)])
 def test_chimera(stages: int, size: int) -> None:
     check(Case("chimera", stages, size))
+
+
+FEEDBACK = (("compensation", "error_feedback"),)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "fused"])
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 2), (4, 1), (4, 6)])
+def test_paci_with_error_feedback(stages: int, size: int, optimizer: str) -> None:
+    options = (*FEEDBACK, ("strength", 0.7))
+    found = check(Case("paci", stages, size, "counting", optimizer, options=options))
+    for end in found:
+        computing = [value for key, value in end["weights"][end["rank"]].items() if key != "mean"]
+        assert not any(map(torch.equal, computing, end["plain"][end["rank"]])), "ahead of the plain iterate"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("stages", "size", "options"), [(2, 2, {}), (4, 8, {}), (4, 4, {"updates": "together"})])
+def test_amdp_with_error_feedback(stages: int, size: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Guests get what their home computes with."""
+    check(Case("amdp", stages, size, "plain", "adamw", dtype, options=(*options.items(), *FEEDBACK)))
+
+
+def test_error_feedback_and_flushes() -> None:
+    check(Case("paci", 3, 2, "plain", options=(("flush_every", 3), *FEEDBACK)), windows=7)
 
 
 @pytest.mark.parametrize("size", [1, 4])

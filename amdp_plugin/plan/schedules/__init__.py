@@ -8,6 +8,7 @@ through the entry-point group ``amdp_plugin.schedules``: the entry's name is the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -92,12 +93,24 @@ def read_option(name: str, option: str, text: str) -> Any:
         raise ValueError(f"option {option} of schedule {name!r} {error}") from None
 
 
-def make(name: str, num_stages: int, micro_batches: int, **chosen: Any) -> Schedule:
+def make(
+    name: str,
+    num_stages: int,
+    micro_batches: int,
+    *,
+    compensation: str = "none",
+    strength: float = 1.0,
+    **chosen: Any,
+) -> Schedule:
     """Schedule ``name`` for a pipeline of ``num_stages`` and windows of ``micro_batches``.
 
+    Args:
+        compensation: what is done about gradients that are late; ``strength`` goes with it. See :class:`.Schedule`.
+        chosen: the schedule's own options.
+
     Raises:
-        ValueError: for an unknown name, an unknown option, numbers that make no schedule, or a function that
-            makes another schedule than it was asked for.
+        ValueError: for an unknown name, an unknown option, numbers that make no schedule, compensation of a schedule
+            that flushes, or a function that makes another schedule than it was asked for.
     """
     make_schedule, known = _find(name)
     _refuse_unknown(name, chosen.keys(), known)
@@ -113,7 +126,18 @@ def make(name: str, num_stages: int, micro_batches: int, **chosen: Any) -> Sched
             f"{_who(name)} was asked for {num_stages} stages and windows of {micro_batches} micro-batches, it made "
             f"{made.num_stages} stages and windows of {made.micro_batches}"
         )
-    return made
+    return made if compensation == "none" else _compensated(made, compensation, strength)
+
+
+def _compensated(schedule: Schedule, compensation: str, strength: float) -> Schedule:
+    """``schedule`` and its alternatives with ``compensation``; trials know nothing of it, since it takes no time."""
+    return replace(
+        schedule,
+        compensation=compensation,
+        strength=strength,
+        alternatives=tuple(_compensated(each, compensation, strength) for each in schedule.alternatives),
+        options={**schedule.options, "compensation": compensation, "strength": strength},
+    )
 
 
 def _refuse_unknown(name: str, chosen: Set[str], known: Options) -> None:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -29,6 +29,8 @@ class CommonOptions:
         backward_ratio: time of a backward, in forwards of its stage.
         link_cost: time of a message between ranks, in forwards of cost 1.
         stage_costs: time of every stage's forward, where they differ.
+        compensation: what a free-running schedule does about gradients that are late.
+        strength: of error feedback, in units of the plan's own figure.
     """
 
     name: str
@@ -36,6 +38,8 @@ class CommonOptions:
     backward_ratio: Annotated[float, Field(gt=0, lt=inf)] = 2.0
     link_cost: Annotated[float, Field(ge=0, lt=inf)] = 0.0
     stage_costs: list[float] | None = None
+    compensation: Literal["none", "error_feedback"] = "none"
+    strength: Annotated[float, Field(gt=0, lt=inf)] = 1.0
 
 
 COMMON: Mapping[str, Any] = get_type_hints(CommonOptions, include_extras=True)
