@@ -22,7 +22,7 @@ MODEL = "scripts/gpt_study.py:problem"
 class StudyCommand(ListsCommand):
     """``--schedules A B``."""
 
-    lists = ("--schedules", "--optimizers", "--learning-rates")
+    lists = ("--schedules", "--optimizers", "--learning-rates", "--compensation")
 
 
 def study(
@@ -33,6 +33,9 @@ def study(
     learning_rates: Annotated[
         list[str] | None, typer.Option(help="OPTIMIZER:RATE,RATE. A method is shown at its best, too.")
     ] = None,
+    compensation: Annotated[
+        list[str], typer.Option(help="none, error_feedback; with both, schedules that run freely are run with each.")
+    ] = ["none"],  # noqa: B006
     stages: Annotated[int, typer.Option(help="Stages of the pipeline.")] = 8,
     micro_batches: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 8,
     steps: Annotated[int, typer.Option(help="Steps of a run.")] = 300,
@@ -60,7 +63,7 @@ def study(
             raise ValueError(f"--{name} is at least 1, got {value}")
     costs = (("backward_ratio", backward_ratio), ("link_cost", link_cost))
     setting = Setting(model, stages, micro_batches, warm_up, clip, device, costs)
-    variants = [Variant.read(text) for text in schedules]
+    variants = list(_variants(setting, schedules, compensation))
     rates = _read_rates(optimizers, learning_rates or [])
     trials = list(_trials(setting, variants, rates, steps, seeds, at_equal_time))
     outcomes = run_all(setting, trials, out, processes or os.cpu_count() or 1)
@@ -76,6 +79,18 @@ def study(
     print(text)
     print(f"picture: {out / 'study.png'}")
     return 0
+
+
+def _variants(setting: Setting, texts: Sequence[str], compensation: Sequence[str]) -> Iterator[Variant]:
+    """Every schedule with every compensation; one that flushes has nothing to compensate, and is there once."""
+    from .trial import Variant
+
+    for text in texts:
+        variant = Variant.read(text)
+        if variant.make(setting.stages, setting.micro_batches).flush:
+            yield variant
+        else:
+            yield from (variant.compensated(each) for each in compensation)
 
 
 def _trials(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from ..runtime.serial import SerialPipeline
 from .optimizers import OPTIMIZERS, rate
 from .problem import Problem, load
 
+COMMON: dict[str, Callable[[str], Any]] = {"compensation": str, "strength": float}
+"""Options of every schedule, and how they are read."""
 VALIDATIONS = 12
 """Times that a trial is validated, at least, evenly over its steps."""
 
@@ -43,8 +46,13 @@ class Variant:
             key, equals, value = setting.partition("=")
             if not equals:
                 raise ValueError(f"--schedules wants NAME or NAME:key=value,key=value, got {text!r}")
-            options.append((key, schedules.read_option(name, key, value)))
+            read = COMMON.get(key) or partial(schedules.read_option, name, key)
+            options.append((key, read(value)))
         return cls(name, tuple(options))
+
+    def compensated(self, compensation: str) -> Variant:
+        """With ``compensation``, which the command line gives to all."""
+        return self if compensation == "none" else Variant(self.schedule, (*self.options, ("compensation", compensation)))
 
     def make(self, stages: int, micro_batches: int) -> Schedule:
         return schedules.make(self.schedule, stages, micro_batches, **dict(self.options))

@@ -117,6 +117,12 @@ def test_figures_by_hand() -> None:
     assert line in table(rows.values()).splitlines()
 
 
+def test_a_variant_is_read_with_what_all_schedules_take() -> None:
+    read = Variant.read("paci:extra_in_flight=1,compensation=error_feedback,strength=0.5")
+    assert read.options == (("extra_in_flight", 1), ("compensation", "error_feedback"), ("strength", 0.5))
+    assert str(read) == "paci:extra_in_flight=1,compensation=error_feedback,strength=0.5"
+
+
 def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [Trial(PACI, "sgd", 0.05, seed, 4) for seed in (1, 2, 3)]
     kept = outcome([(4, 7.0)], 1.0)
@@ -145,6 +151,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         for optimizer, learning_rate in (("sgd", 0.05), ("sgd", 0.1), ("adamw", 0.001))
     ]
     assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_schedules_that_run_freely_are_compensated(tmp_path: Path) -> None:
+    told = ["study", "--schedules", "1f1b", "paci", "--compensation", "none", "error_feedback", "--stages", "2"]
+    told += ["--micro-batches", "2", "--steps", "6", "--seeds", "1", "--model", MODEL, "--optimizers", "sgd"]
+    told += ["--out", str(tmp_path), "--processes", "1"]
+    assert main(told) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["1f1b", "paci", "paci:compensation=error_feedback"]
+    assert rows[1]["loss"] != rows[2]["loss"]
 
 
 @pytest.mark.parametrize(
