@@ -56,7 +56,7 @@ def study(
     equal tokens and at equal predicted time. Stopped, it goes on where it was."""
     from .runner import run_all
     from .summary import summarize, table
-    from .trial import Setting, Variant
+    from .trial import Setting
 
     for name, value in (("stages", stages), ("micro-batches", micro_batches), ("steps", steps), ("seeds", seeds)):
         if value < 1:

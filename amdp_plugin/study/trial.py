@@ -52,7 +52,8 @@ class Variant:
 
     def compensated(self, compensation: str) -> Variant:
         """With ``compensation``, which the command line gives to all."""
-        return self if compensation == "none" else Variant(self.schedule, (*self.options, ("compensation", compensation)))
+        chosen = () if compensation == "none" else (("compensation", compensation),)
+        return Variant(self.schedule, (*self.options, *chosen))
 
     def make(self, stages: int, micro_batches: int) -> Schedule:
         return schedules.make(self.schedule, stages, micro_batches, **dict(self.options))

@@ -16,8 +16,8 @@ from amdp_plugin.plan.staleness import planned_coefficient
 from amdp_plugin.runtime.channels import Channels
 from amdp_plugin.runtime.exchange import Exchange, gradient_links, weight_links
 from amdp_plugin.runtime.executor import Executor, keep_sent
-from amdp_plugin.runtime.pipeline import stage_links
 from amdp_plugin.runtime.feedback import ErrorFeedback
+from amdp_plugin.runtime.pipeline import stage_links
 from amdp_plugin.runtime.plain import PlainWorker
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.runtime.transport import Transport
