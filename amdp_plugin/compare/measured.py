@@ -10,6 +10,7 @@ from itertools import pairwise
 from statistics import mean, median
 from typing import NamedTuple
 
+from ..curves import reached
 from ..plan import schedules
 from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
 from ..plan.costs import CostModel
@@ -140,6 +141,12 @@ class Run:
     def final_validation_loss(self) -> float | None:
         """Of the last evaluation, if there was one."""
         return self.evaluations[-1].loss if self.evaluations else None
+
+    def seconds_to(self, loss: float) -> float | None:
+        """Seconds of training, at the median pace, until an evaluation's loss is as low; ``None`` where none is."""
+        curve = [(each.step, each.loss) for each in self.evaluations if each.loss is not None]
+        step = reached(curve, loss)
+        return None if step is None else step * self.seconds_per_step
 
     def costs(self) -> CostModel:
         """Medians of what forwards, backwards and updates took on every stage, wherever it ran, and messages between

@@ -40,6 +40,7 @@ class Row:
         predicted_ratio: the same, predicted from what actions and messages took in the baseline's run.
         predicted_seconds_per_step: what that prediction is, in seconds.
         ratio_by_turn: what ``ratio`` is the median of.
+        time_to_loss: training time to the baseline's last validation loss, over the baseline's own, at the median pace.
         measured_options: what to tell a schedule so that its program is made for what was measured in this run.
         clock: what actions and waits were timed with.
     """
@@ -70,6 +71,7 @@ class Row:
     first_train_loss: float | None
     final_train_loss: float | None
     final_validation_loss: float | None
+    time_to_loss: float | None
     others_cores: float | None
     clock: str
 
@@ -91,6 +93,7 @@ def _medians(found: Sequence[Row]) -> Row:
     """One row of the same configuration's in several turns. What does not depend on time is the last turn's."""
     last = found[-1]
     tokens = [row.tokens_per_second for row in found if row.tokens_per_second is not None]
+    times = [row.time_to_loss for row in found if row.time_to_loss is not None]
     others = [row.others_cores for row in found if row.others_cores is not None]
     return replace(
         last,
@@ -102,6 +105,7 @@ def _medians(found: Sequence[Row]) -> Row:
         ratio_by_turn=[row.ratio for row in found],
         predicted_ratio=median(row.predicted_ratio for row in found),
         predicted_seconds_per_step=median(row.predicted_seconds_per_step for row in found),
+        time_to_loss=median(times) if len(times) == len(found) else None,
         waiting_share_by_rank=by_rank([row.waiting_share_by_rank for row in found]),
         running_share_by_rank=by_rank([row.running_share_by_rank for row in found]),
         others_cores=max(others, default=None),
@@ -148,9 +152,16 @@ def _row(run: Run, baseline: Run) -> Row:
         first_train_loss=run.losses[0],
         final_train_loss=run.final_train_loss,
         final_validation_loss=run.final_validation_loss,
+        time_to_loss=_time_to_loss(run, baseline),
         others_cores=run.others_cores,
         clock=first.clock,
     )
+
+
+def _time_to_loss(run: Run, baseline: Run) -> float | None:
+    target = baseline.final_validation_loss
+    own, baseline_own = (each.seconds_to(target) if target is not None else None for each in (run, baseline))
+    return own / baseline_own if own is not None and baseline_own else None
 
 
 def table(found: Sequence[Row]) -> str:
@@ -252,7 +263,22 @@ def _notes(found: Sequence[Row], memory: bool) -> list[str]:
         f"- clock of actions and waits: {_clocks(found)}. Steps are timed by the host.",
         *([MEMORY_NOTE] if memory else []),
         f"- train loss: mean of the last {LAST_LOSSES} steps. {_first_losses(found)}",
+        *_times_to_loss(found),
         *_disturbances(found),
+    ]
+
+
+def _times_to_loss(found: Sequence[Row]) -> list[str]:
+    baseline = _of_baseline(found)
+    if baseline.time_to_loss is None:
+        return []
+    others = [row for row in found if row is not baseline]
+    times = ", ".join(
+        f"{row.name} {'never' if row.time_to_loss is None else f'{row.time_to_loss:.2f}'}" for row in others
+    )
+    return [
+        f"- training time until an evaluation is as good as the last of {baseline.name}, over its own: {times} "
+        "(straight between evaluations, without their time)."
     ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from ..curves import reached
 from .trial import Outcome, Trial, Variant
 
 
@@ -86,14 +87,8 @@ def _time(group: Sequence[Outcome], reference: Sequence[Outcome] | None) -> floa
         return None
     target = mean(outcome.validation[-1][1] for outcome in reference)
     whole = reference[0].validation[-1][0] * reference[0].forwards_per_step
-    before: tuple[float, float] | None = None
-    for step, loss in mean_curve(group):
-        if loss <= target:
-            if before is not None and before[1] > loss:
-                step = before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
-            return step * group[0].forwards_per_step / whole
-        before = (step, loss)
-    return None
+    step = reached(mean_curve(group), target)
+    return None if step is None else step * group[0].forwards_per_step / whole
 
 
 def mean_curve(group: Sequence[Outcome]) -> list[tuple[float, float]]:

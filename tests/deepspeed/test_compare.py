@@ -13,9 +13,10 @@ import pytest
 from amdp_plugin.cli import main
 from amdp_plugin.compare.measured import Run
 from amdp_plugin.compare.picture import picture
-from amdp_plugin.compare.recording import OURS, STOCK, Memory, RankRecord, Step, read_records
+from amdp_plugin.compare.recording import OURS, STOCK, Evaluation, Memory, RankRecord, Step, read_records
 from amdp_plugin.compare.table import rows, table
 from amdp_plugin.compare.trace import trace
+from amdp_plugin.curves import reached
 from amdp_plugin.deepspeed.config import read_settings
 from amdp_plugin.plan.action import FORWARD, UPDATE, Action
 from amdp_plugin.plan.costs import TICKS_PER_SECOND, CostModel
@@ -34,7 +35,7 @@ RESULT_KEYS = {
     "seconds_per_step", "tokens_per_second", "samples_per_second", "ratio", "predicted_ratio",
     "predicted_seconds_per_step", "waiting_share_by_rank", "running_share_by_rank", "peak_in_flight_by_rank",
     "memory_by_rank", "largest_gap", "first_train_loss", "final_train_loss", "final_validation_loss", "others_cores",
-    "clock", "turns", "ratio_by_turn", "measured_options", "costs", "losses", "evaluations",
+    "time_to_loss", "clock", "turns", "ratio_by_turn", "measured_options", "costs", "losses", "evaluations",
 }  # fmt: skip
 COSTS = CostModel((0.2, 0.3, 0.4, 0.5), (0.9, 0.8, 0.7, 0.6), (0.05, 0.06, 0.07, 0.08), link_latency=0.01)
 WINDOWS = 30
@@ -103,6 +104,7 @@ def check_result(result: dict[str, Any]) -> None:
         assert run["steps"] == len(run["losses"]) == STEPS
         assert [evaluation["step"] for evaluation in run["evaluations"]] == [4, STEPS]
         assert run["final_validation_loss"] == run["evaluations"][-1]["loss"] > 0
+    assert stock["time_to_loss"] == 1.0
 
 
 def kept(memory: dict[str, int]) -> tuple[int, ...]:
@@ -243,6 +245,37 @@ def test_several_turns_show_their_medians() -> None:
     assert slow.waiting_share_by_rank == pytest.approx(run.waiting_share_by_rank)
     text = table([slow, fast])
     assert "medians of 3 turns" in text and "fast 1.000 to 1.500" in text and "turns" not in table(rows(turns[:1]))
+
+
+def test_time_to_the_loss_of_the_baseline() -> None:
+    schedule = make("1f1b", 2, 2)
+    run = as_if_recorded(schedule, CostModel.relative(2))
+
+    def evaluated(name: str, *losses: float) -> Run:
+        found = [Evaluation(step, 0.0, 0.0, loss) for step, loss in zip((10, 20, 30), losses, strict=True)]
+        return Run(name, [replace(record, evaluations=found) for record in run.records])
+
+    baseline, faster = evaluated("baseline", 4.0, 3.0, 2.0), slowed(evaluated("faster", 4.0, 2.5, 1.5), "faster", 0.5)
+    worse = evaluated("worse", 4.0, 3.0, 2.1)
+    # 2.5 falls to 1.5 from step 20 to 30: 2.0 is reached at step 25 of 30, each of which takes half as long.
+    assert [row.time_to_loss for row in rows([[baseline, faster, worse]])] == pytest.approx([1.0, 25 / 30 / 2, None])
+    shown = table(rows([[baseline, faster, worse]]))
+    assert "as good as the last of baseline, over its own: faster 0.42, worse never" in shown
+    assert "as good as" not in table(rows([[run, slowed(run, "slow", 2.0)]]))
+
+
+@pytest.mark.parametrize(
+    ("curve", "found"),
+    [
+        ([], None),
+        ([(1, 3.0), (2, 2.5)], None),
+        ([(1, 2.0)], 1),
+        ([(1, 3.0), (3, 1.0)], 2),
+        ([(1, 3.0), (2, 4.0), (3, 2.0), (4, 5.0)], 3),
+    ],
+)
+def test_where_a_curve_is_as_low_as(curve: list[tuple[float, float]], found: float | None) -> None:
+    assert reached(curve, 2.0) == found
 
 
 def test_a_job_that_fails_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
