@@ -207,9 +207,9 @@ def _mismatched_by_stage(
 
 
 def _weight_copies(schedule: Schedule) -> tuple[int, ...]:
-    """A stage that computes with other weights than the latest keeps every version that may be in flight; with error
-    feedback its home keeps the plain iterate too."""
-    copies = [1 if schedule.weights == "latest" else 1 + gap for gap in schedule.max_gap]
+    """A stage that uses several versions keeps each, beside the weights that its optimizer steps; with error feedback
+    its home keeps the plain iterate too."""
+    copies = [1 if number == 1 else 1 + number for number in schedule.weight_versions]
     plain = 0 if schedule.compensation == "none" else 1
     return tuple(
         sum(copies[stage] for stage in stages) + plain * len(homes)

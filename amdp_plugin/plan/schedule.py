@@ -35,7 +35,7 @@ Priority = Callable[[Action, float], tuple[Any, ...]]
 be started, in mean forwards of a stage."""
 
 
-WEIGHTS = ("latest", "stashed")
+WEIGHTS = ("latest", "stashed", "previous")
 COMPENSATIONS = ("none", "error_feedback")
 
 
@@ -68,7 +68,10 @@ class Schedule:
         in_flight: for every stage, how many micro-batches of one direction may be forwarded and not yet
             backwarded.
         max_gap: for every stage, the largest (version at backward) - (version at forward) it may show.
-        weights: which weights a backward uses: the ``"latest"``, or those of its forward, ``"stashed"``.
+        weights: which weights are used. ``"latest"``: by a forward and by a backward, those that its stage then has.
+            ``"stashed"``: a forward's latest by its backward, too. ``"previous"``: by both, those before the update of
+            the window before, so that every gradient is late by exactly one update.
+        weight_versions: for every stage, how many versions of its weights are in use at once, at most.
 
         compensation: what is done about gradients that are late: ``"none"``, or ``"error_feedback"``, see
             :mod:`.staleness`.
@@ -102,6 +105,7 @@ class Schedule:
     in_flight: tuple[int, ...]
     max_gap: tuple[int, ...]
     weights: str = "latest"
+    weight_versions: tuple[int, ...] = ()
     compensation: str = "none"
     strength: float = 1.0
 
@@ -130,8 +134,7 @@ class Schedule:
             raise ValueError(f"{self.name}: in_flight and max_gap need one entry for each of {stages} stages")
         if min(self.in_flight) < 1:
             raise ValueError(f"{self.name}: every stage must admit at least one micro-batch, got {self.in_flight}")
-        if self.weights not in WEIGHTS:
-            raise ValueError(f"{self.name}: weights are {' or '.join(WEIGHTS)}, got {self.weights!r}")
+        self._check_weights()
         self._check_compensation()
         if self.update_delay < 0:
             raise ValueError(f"{self.name}: update_delay counts backwards, at least 0; got {self.update_delay}")
@@ -143,6 +146,19 @@ class Schedule:
                 f"is at most {self.micro_batches // directions}, got {self.update_delay}"
             )
         self._try_priorities()
+
+    def _check_weights(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"{self.name}: weights are {', '.join(WEIGHTS)}; got {self.weights!r}")
+        if self.weights == "latest" and not self.weight_versions:
+            object.__setattr__(self, "weight_versions", (1,) * self.num_stages)
+        if len(self.weight_versions) != self.num_stages or min(self.weight_versions) < 1:
+            raise ValueError(
+                f"{self.name}: weight_versions need one entry, at least 1, for each of {self.num_stages} stages; got "
+                f"{self.weight_versions}"
+            )
+        if self.weights != "latest" and self.reduces:
+            raise ValueError(f"{self.name}: stages that several ranks hold have their latest weights alone")
 
     def _check_compensation(self) -> None:
         if self.compensation not in COMPENSATIONS:
@@ -188,8 +204,23 @@ class Schedule:
         return self.flush or self.together
 
     def updates_before(self, window: int) -> int:
-        """Updates that a stage must have had before it forwards for ``window``: those up to the latest flush."""
-        return window // self.flush_every * self.flush_every if self.flush_every else 0
+        """Updates that a stage must have had before it forwards for ``window``: those up to the latest flush, and
+        those that made the weights that it uses."""
+        flushed = window // self.flush_every * self.flush_every if self.flush_every else 0
+        return max(flushed, window - 1) if self.weights == "previous" else flushed
+
+    def forward_version(self, window: int, updates: int) -> int:
+        """The version of its weights that a stage forwards a micro-batch of ``window`` with.
+
+        Args:
+            window: counted from the last time that the pipeline was empty, as are versions.
+            updates: that the stage has had.
+        """
+        return max(0, window - 1) if self.weights == "previous" else updates
+
+    def backward_version(self, forward: int, updates: int) -> int:
+        """The version that the backward of a micro-batch uses, which was forwarded with version ``forward``."""
+        return updates if self.weights == "latest" else forward
 
     def preferred(self, priority: Priority, ready: Iterable[tuple[Action, float]]) -> Action:
         """Of what a rank could start, and since when, that which ``priority`` puts first.

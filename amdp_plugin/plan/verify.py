@@ -27,6 +27,7 @@ def verify(program: Program) -> Sequence[Place]:
     order = _check_order(program)
     _check_messages(program)
     _check_bounds(program)
+    _check_versions(program)
     return order
 
 
@@ -171,3 +172,27 @@ def _check_bounds(program: Program) -> None:
                 if version.gap > schedule.max_gap[stage]:
                     what = f"the gap is {version.gap} updates, at most {schedule.max_gap[stage]} are stated"
                     raise breach(program, rank, position, BOUNDS, what)
+
+
+def _check_versions(program: Program) -> None:
+    """Law 5, of weights: no more versions are in use at once than the schedule states."""
+    schedule, size = program.schedule, program.schedule.micro_batches
+    if schedule.weights == "latest":
+        return
+    for rank, row in enumerate(program.rows):
+        updates: Counter[int] = Counter()
+        flying: dict[int, dict[int, int]] = defaultdict(dict)
+        for position, (stage, kind, index) in enumerate(row):
+            if kind == UPDATE:
+                updates[stage] += 1
+            elif kind == FORWARD:
+                flying[stage][index] = schedule.forward_version(index // size, updates[stage])
+                used, stated = sorted(set(flying[stage].values())), schedule.weight_versions[stage]
+                if len(used) > stated:
+                    what = f"versions {used} of its weights are in use, at most {stated} are stated"
+                    raise breach(program, rank, position, BOUNDS, what)
+                if used[-1] > updates[stage]:
+                    what = f"it uses version {used[-1]} of its weights, which have had {updates[stage]} updates"
+                    raise breach(program, rank, position, BOUNDS, what)
+            elif kind == BACKWARD:
+                flying[stage].pop(index, None)

@@ -33,7 +33,7 @@ class Version(NamedTuple):
 def versions(program: Program) -> Mapping[tuple[int, int], Version]:
     """The :class:`Version` of every (stage, micro-batch) that ``program`` forwards and backwards."""
     found: dict[tuple[int, int], Version] = {}
-    size = program.schedule.micro_batches
+    schedule, size = program.schedule, program.schedule.micro_batches
     for row in program.rows:
         updates: dict[int, int] = {}
         at_forward: dict[tuple[int, int], int] = {}
@@ -41,7 +41,9 @@ def versions(program: Program) -> Mapping[tuple[int, int], Version]:
             if kind == UPDATE:
                 updates[stage] = updates.get(stage, 0) + 1
             elif kind == FORWARD:
-                at_forward[stage, index] = updates.get(stage, 0)
+                at_forward[stage, index] = schedule.forward_version(index // size, updates.get(stage, 0))
             elif kind == BACKWARD and (stage, index) in at_forward:
-                found[stage, index] = Version(at_forward[stage, index], updates.get(stage, 0), index // size)
+                forward = at_forward[stage, index]
+                backward = schedule.backward_version(forward, updates.get(stage, 0))
+                found[stage, index] = Version(forward, backward, index // size)
     return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+from torch import nn
 
 from ..plan.action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from ..plan.planner import Planner
@@ -12,6 +14,7 @@ from ..plan.postings import Postings, shifted
 from ..plan.schedule import Schedule
 from .channels import Channels, Tensors
 from .exchange import Exchange
+from .kept_weights import KeptWeights
 from .timeline import Timeline
 from .watch import Watch
 
@@ -47,6 +50,9 @@ class Worker(Protocol):
     def end_of_backwards(self, window: int, direction: int) -> None:
         """The last stage of ``direction`` has sent its last gradient of ``window``, whose update is still to come:
         time to report the loss."""
+
+    def parameters(self, stage: int) -> Iterable[nn.Parameter]:
+        """Those of ``stage`` that are trained."""
 
     def snapshot(self, action: Action) -> Any:
         """Whatever the forward ``action`` is going to change besides its output: random state, buffers."""
@@ -87,6 +93,8 @@ class Executor:
         self._last_stage = self.schedule.num_stages - 1
         self.versions = dict.fromkeys(self.schedule.placement.stages[rank], 0)
         """Updates that each stage on this rank has had since the job's start."""
+        self.kept = KeptWeights(self.schedule, worker.parameters)
+        """Other versions of the weights that are in use."""
         self.largest_gap = 0
         """The largest (version at backward) - (version at forward) that was measured."""
         self.peak_in_flight = 0
@@ -101,6 +109,7 @@ class Executor:
         """Let the program begin anew, with an empty pipeline, at ``window``; nothing may be in flight."""
         self.window = self._base = window
         self.versions = dict.fromkeys(self.versions, window)
+        self.kept.clear()
         self._in_flight: dict[Action, int] = {}
         self._early: list[Action] = []
         self._snapshots: dict[tuple[int, int], Any] = {}
@@ -280,9 +289,11 @@ class Executor:
         inputs = self._receive(stage - 1, action) if stage > 0 else None
         self._settle(stage)
         self._take_snapshot(action, window, direction)
-        with self._computing(action):
+        latest, base = self.versions[stage], self._base
+        version = base + self.schedule.forward_version(window - base, latest - base)
+        with self._computing(action), self.kept.using(stage, version, latest):
             outputs = self._worker.forward(action, inputs)
-        self._in_flight[action] = self.versions[stage]
+        self._in_flight[action] = version
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
         if stage < self._last_stage:
             self._send(action, outputs, returns=Action(stage, BACKWARD, micro_batch))
@@ -291,10 +302,13 @@ class Executor:
         stage, _, micro_batch = action
         gradients = self._receive(stage + 1, action) if stage < self._last_stage else None
         self._settle(stage)
-        with self._computing(action):
+        forward = self._in_flight[Action(stage, FORWARD, micro_batch)]
+        version = self.schedule.backward_version(forward, self.versions[stage])
+        with self._computing(action), self.kept.using(stage, version, self.versions[stage]):
             input_gradients = self._worker.backward(action, gradients)
-        gap = self.versions[stage] - self._in_flight.pop(Action(stage, FORWARD, micro_batch))
-        self.largest_gap = max(self.largest_gap, gap)
+        del self._in_flight[Action(stage, FORWARD, micro_batch)]
+        self._drop_versions(stage)
+        self.largest_gap = max(self.largest_gap, version - forward)
         if stage > 0:
             self._send(action, input_gradients)
         if action.window(self.schedule.micro_batches) > self.window:
@@ -316,6 +330,7 @@ class Executor:
 
     def _update(self, action: Action) -> None:
         home, *guests = self.schedule.placement.holders[action.stage]
+        self.kept.before_update(action.stage, self.versions[action.stage])
         if self.rank == home:
             with self._computing(action):
                 self._worker.update(action)
@@ -323,6 +338,13 @@ class Executor:
                 assert self._exchange is not None
                 self._exchange.send_weights(action)
         self.versions[action.stage] += 1
+        self._drop_versions(action.stage)
+
+    def _drop_versions(self, stage: int) -> None:
+        """Keep those of what is in flight, the latest, and what the next forward may use."""
+        latest = self.versions[stage]
+        in_flight = (version for action, version in self._in_flight.items() if action.stage == stage)
+        self.kept.drop(stage, {*in_flight, latest, latest - (self.schedule.weights == "previous")})
 
     @contextmanager
     def _computing(self, action: Action) -> Iterator[None]:

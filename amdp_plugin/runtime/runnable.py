@@ -23,11 +23,6 @@ def check_runnable(schedule: Schedule) -> None:
             f"next window's, so update_delay must be 0, it is {schedule.update_delay} (amdp: use "
             '"updates": "together")'
         )
-    if schedule.weights != "latest":
-        raise ValueError(
-            f"schedule {schedule.name!r} can be planned, not run: a backward uses the latest weights, and no others "
-            f"are kept; its weights are {schedule.weights!r}, use \"latest\""
-        )
 
 
 def check_homes(schedule: Schedule) -> None:

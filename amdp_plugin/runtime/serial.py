@@ -40,9 +40,9 @@ class SerialPipeline:
     """Trains ``stages`` as ``schedule`` would, one action after the other.
 
     The weights have explicit versions: every stage's optimizer steps a master copy of its own, and the
-    result is written over the parameters of each of the stage's replicas as their next version. A backward
-    uses the version that its replica then has, whatever its forward used. Each direction on each rank draws
-    its random numbers from a stream of its own.
+    result is written over the parameters of each of the stage's replicas as their next version. Before every forward
+    and backward the version that the schedule says is written there: for a backward mostly that which its replica then
+    has, whatever its forward used. Each direction on each rank draws its random numbers from a stream of its own.
 
     With error feedback a version is ``z + coefficient * (z - z_before)``, of what the optimizer has made and what it
     had made before; the optimizer goes on from ``z``, and does not know.
@@ -89,8 +89,10 @@ class SerialPipeline:
         self.used: dict[tuple[int, int], Used] = {}
         self._loss, self._before_step = loss, before_step
         self._replicas = [
-            {rank: _Replica(_own(stage, copy=rank != ranks[0]), master_dtype) for rank in ranks}
-            for stage, ranks in zip(stages, schedule.placement.holders, strict=True)
+            {rank: _Replica(_own(stage, copy=rank != ranks[0]), master_dtype, versions) for rank in ranks}
+            for stage, ranks, versions in zip(
+                stages, schedule.placement.holders, schedule.weight_versions, strict=True
+            )
         ]
         self._masters = [
             [_master(parameter, master_dtype) for parameter in stage.parameters() if parameter.requires_grad]
@@ -142,10 +144,14 @@ class SerialPipeline:
         numbers = range(first * size, (first + windows) * size)
         self._data = {number: next(data) for number in numbers}
         self._losses.clear()
+        self._first = first
         for rank, action in play(program):
             action = action.shifted(first, size)
             if action.window(size) < first + windows:
                 self._run(rank, action)
+        for replicas in self._replicas:
+            for replica in replicas.values():
+                replica.use(replica.version)
         assert not self._flying and not self._messages, "the program left work undone"
         return [self._mean_loss(window) for window in range(first, first + windows)]
 
@@ -166,6 +172,9 @@ class SerialPipeline:
         inputs = (value,) if isinstance(value, Tensor) else tuple(value)
         if stage > 0:
             inputs = tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in inputs)
+        window, first = index // self.schedule.micro_batches, self._first
+        version = first + self.schedule.forward_version(window - first, replica.version - first)
+        replica.use(version)
         output = replica.module(inputs[0] if len(inputs) == 1 else inputs)
         if stage == len(self.stages) - 1:
             output = self._loss(output, self._data[index][1])
@@ -173,11 +182,13 @@ class SerialPipeline:
         outputs = (output,) if isinstance(output, Tensor) else tuple(output)
         if stage < len(self.stages) - 1:
             self._messages[stage + 1, FORWARD, index] = tuple(tensor.detach().clone() for tensor in outputs)
-        self._flying[stage, index] = (inputs, outputs, replica.version)
+        self._flying[stage, index] = (inputs, outputs, version)
 
     def _backward(self, replica: _Replica, stage: int, index: int) -> None:
-        inputs, outputs, version = self._flying.pop((stage, index))
-        self.used[stage, index] = Used(version, replica.version)
+        inputs, outputs, forward = self._flying.pop((stage, index))
+        used = Used(forward, self.schedule.backward_version(forward, replica.version))
+        self.used[stage, index] = used
+        replica.use(used.backward)
         if stage == len(self.stages) - 1:
             (outputs[0] / self.schedule.micro_batches).backward()
         else:
@@ -243,13 +254,24 @@ class SerialPipeline:
 
 
 class _Replica:
-    """A stage on one of the ranks that hold it: its parameters, at one version, and the sum of their gradients."""
+    """A stage on one of the ranks that hold it: its parameters, the latest of their versions and as many before it as
+    may be in use, and the sum of their gradients."""
 
-    def __init__(self, module: nn.Module, master_dtype: torch.dtype | None) -> None:
-        self.module, self.version = module, 0
+    def __init__(self, module: nn.Module, master_dtype: torch.dtype | None, versions: int) -> None:
+        self.module, self.version, self._versions = module, 0, versions
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._master_dtype = master_dtype
         self._sums: list[Tensor | None] = [None] * len(self._parameters)
+        self._values = {0: [parameter.detach().clone() for parameter in self._parameters]}
+        self._used = 0
+
+    def use(self, version: int) -> None:
+        """Compute with that version from now on."""
+        if version != self._used:
+            for parameter, value in zip(self._parameters, self._values[version], strict=True):
+                # Through .data, so that graphs that saved the parameter read this version.
+                parameter.data.copy_(value)
+            self._used = version
 
     def accumulate(self) -> None:
         """After a backward: with a master dtype, the sum is kept in it."""
@@ -271,10 +293,12 @@ class _Replica:
 
     def load(self, values: list[Tensor]) -> None:
         """Take them as the next version."""
-        for parameter, value in zip(self._parameters, values, strict=True):
-            # Through .data, so that graphs that saved the parameter read the new version.
-            parameter.data.copy_(value)
         self.version += 1
+        self._values[self.version] = [
+            value.to(parameter.dtype, copy=True) for parameter, value in zip(self._parameters, values, strict=True)
+        ]
+        self._values.pop(self.version - self._versions - 1, None)
+        self.use(self.version)
 
 
 def _own(module: nn.Module, copy: bool) -> nn.Module:

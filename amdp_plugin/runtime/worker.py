@@ -73,6 +73,9 @@ class StagesWorker(ABC):
         assert self.feed is not None, "the ranks of first and last stages need data"
         return self.feed.has((window + 1) * self.schedule.micro_batches - 1)
 
+    def parameters(self, stage: int) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module(stage).parameters() if parameter.requires_grad]
+
     def take(self, micro_batch: int) -> Any:
         """The data of ``micro_batch``."""
         assert self.feed is not None

@@ -60,8 +60,11 @@ def test_one_hardware_queue_is_blocked_by_receives_that_wait_in_line() -> None:
     run(planner, planned(planner), Device(queues=1))
 
 
+NAMES = ["1f1b", "gpipe", "paci", "pipedream-2bw", "chimera", "amdp"]
+
+
 @settings(deadline=None, max_examples=20)
-@given(st.sampled_from(["1f1b", "gpipe", "paci", "chimera", "amdp"]), st.integers(1, 4), st.integers(1, 4))
+@given(st.sampled_from(NAMES), st.integers(1, 4), st.integers(1, 4))
 def test_programs_run_on_devices_interrupted_anywhere(name: str, half: int, per_direction: int) -> None:
     """All kinds of devices, with no more buffers for gradients than there are guests; or that is refused."""
     stages = 2 * half

@@ -1,7 +1,6 @@
 """The figures, against the formulas of the papers."""
 
 import json
-from dataclasses import replace
 from math import ceil
 
 import pytest
@@ -141,9 +140,9 @@ def test_weight_copies_count_the_stages_that_a_rank_holds():
     assert report(Planner(made(BIDIRECTIONAL, 4)), 2).weight_copies_by_rank == (2, 2, 2, 2)
 
 
-def test_stashed_weights_cost_a_copy_for_every_version_in_flight():
-    stashed = replace(schedules.make("paci", 4, 1), weights="stashed")
-    assert report(Planner(stashed), 2).weight_copies_by_rank == (4, 3, 2, 1)
+def test_versions_in_use_cost_a_copy_each_beside_what_is_stepped():
+    assert figures("pipedream", 4, 1).weight_copies_by_rank == (5, 4, 3, 1)
+    assert figures("pipedream-2bw", 4, 4).weight_copies_by_rank == (3, 3, 3, 3)
 
 
 def test_a_schedule_that_lies_about_its_gap_is_refused():

@@ -295,8 +295,12 @@ def test_schedules_that_make_no_sense_are_refused():
         schedules.make("paci", 2, 2, flush_every=-1)
     with pytest.raises(ValueError, match="update_delay counts backwards, at least 0; got -1"):
         made(line, 2, update_delay=-1)
-    with pytest.raises(ValueError, match="weights are latest or stashed, got 'stahsed'"):
+    with pytest.raises(ValueError, match="weights are latest, stashed, previous; got 'stahsed'"):
         replace(made(line, 2), weights="stahsed")
+    with pytest.raises(ValueError, match=r"weight_versions need one entry, at least 1, for each of 2 stages; got \(\)"):
+        replace(made(line, 2), weights="stashed", weight_versions=())
+    with pytest.raises(ValueError, match="stages that several ranks hold have their latest weights alone"):
+        replace(schedules.make("amdp", 4, 4), weights="previous", weight_versions=(2,) * 4)
     with pytest.raises(ValueError, match="priorities are empty"):
         replace(made(line, 2), priorities=())
 

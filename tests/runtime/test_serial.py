@@ -165,7 +165,6 @@ def test_a_program_that_breaks_a_law_is_not_trained() -> None:
     ("schedule", "message"),
     [
         (make("amdp", 4, 4, updates="parked"), "sums the next window's, so update_delay must be 0, it is 1"),
-        (replace(make("paci", 4, 4), weights="stashed"), "its weights are 'stashed', use \"latest\""),
     ],
 )
 def test_what_can_only_be_planned_is_refused_everywhere(schedule: Schedule, message: str) -> None:

@@ -20,6 +20,8 @@ from .gpipe import gpipe
 from .one_f_one_b import one_f_one_b
 from .options import Options, options_of, read_text
 from .paci import paci
+from .pipedream import pipedream
+from .pipedream_2bw import pipedream_2bw
 
 ENTRY_POINT_GROUP = "amdp_plugin.schedules"
 BUILT_IN: Mapping[str, Callable[..., Schedule]] = {
@@ -28,6 +30,8 @@ BUILT_IN: Mapping[str, Callable[..., Schedule]] = {
     "chimera": chimera,
     "paci": paci,
     "amdp": amdp,
+    "pipedream": pipedream,
+    "pipedream-2bw": pipedream_2bw,
 }
 
 
