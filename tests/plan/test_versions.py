@@ -26,7 +26,13 @@ def test_versions_equal_a_count_over_the_rows(case, windows):
                 return sum(1 for other, kind, _ in row[:end] if kind == "U" and other == stage)
 
             version = found.pop((stage, index))
-            assert (version.forward, version.backward) == (updates(start), updates(at))
+            expected = {
+                "latest": (updates(start), updates(at)),
+                "stashed": (updates(start), updates(start)),
+                "previous": (max(0, version.applied - 1),) * 2,
+            }
+            assert (version.forward, version.backward) == expected[schedule.weights]
+            assert version.forward <= updates(start)
             applied = next((i for i, action in enumerate(row) if action[:] == (stage, "U", version.applied)), None)
             assert applied is None or (at < applied and updates(applied) == version.applied)
             assert version.applied == index // schedule.micro_batches
