@@ -1,4 +1,4 @@
-"""The random state of every rank, beside DeepSpeed's own checkpoint files (which hold none)."""
+"""What a run needs to go on bit for bit, beside DeepSpeed's own checkpoint files (which do not hold it)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ from typing import Any
 import torch
 from deepspeed.utils import logger
 
-
-def _file(directory: Path, global_rank: int) -> Path:
-    return directory / f"amdp_random_state_rank_{global_rank:05d}.pt"
-
-
-def save_random_states(states: list[Any], save_dir: str, tag: object, global_rank: int) -> None:
-    """Write what each of this rank's streams of random numbers would draw next."""
-    torch.save(states, _file(Path(save_dir) / str(tag), global_rank))
+RANDOM_STATE = "random_state"
+"""What each stream of random numbers of a rank would draw next."""
+AHEAD = "weights"
+"""What the stage of a rank, and of its replicas, computes with under error feedback."""
 
 
-def load_random_states(checkpoint: str, global_rank: int) -> list[Any] | None:
-    """This rank's streams in ``checkpoint`` (the path that DeepSpeed's load returns), or ``None`` where it has none."""
-    path = _file(Path(checkpoint).parent, global_rank)
+def save_beside(kind: str, value: Any, directory: Path, global_rank: int) -> None:
+    """Write ``value``, a list of ``kind``, of this rank."""
+    torch.save(value, _file(kind, directory, global_rank))
+
+
+def load_beside(kind: str, directory: Path | None, global_rank: int) -> list[Any] | None:
+    """What a rank wrote into the ``directory`` of a checkpoint, or ``None`` where it has none."""
+    if directory is None:
+        return None
+    path = _file(kind, directory, global_rank)
     if path.is_file():
-        states: list[Any] = torch.load(path, weights_only=False)
-        return states
-    logger.info(f"{path.parent} holds no random state for rank {global_rank}; dropout goes on from the present one")
+        values: list[Any] = torch.load(path, weights_only=False, map_location="cpu")
+        return values
+    if kind == RANDOM_STATE:
+        logger.info(f"{directory} holds no random state for rank {global_rank}; dropout goes on from the present one")
     return None
+
+
+def _file(kind: str, directory: Path, global_rank: int) -> Path:
+    return directory / f"amdp_{kind}_rank_{global_rank:05d}.pt"

@@ -67,6 +67,12 @@ def check_compatible(config: Mapping[str, Any], settings: ScheduleSettings) -> N
             'use "bf16"',
         )
     zero = config.get("zero_optimization")
+    if settings.compensation != "none" and isinstance(zero, Mapping) and zero.get("offload_optimizer"):
+        refuse(
+            f'"compensation": "{settings.compensation}" and "offload_optimizer"',
+            "its step on the host has not been tried with two iterates",
+            'leave one of them out',
+        )
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
     if isinstance(stage, int) and stage > 1:
         refuse(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
@@ -18,8 +20,9 @@ from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_t
 from ..runtime.executor import Executor
 from ..runtime.pipeline import Pipeline, Site
 from ..runtime.replica import Guest
-from .checkpoint import load_random_states, save_random_states
+from .checkpoint import AHEAD, RANDOM_STATE, load_beside, save_beside
 from .config import read_settings
+from .feedback import error_feedback
 from .guests import build_replicas, layers, sum_dtype
 from .instructions import RunAction, WindowSchedule
 from .losses import broken, summed
@@ -78,7 +81,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         bound_collectives(groups_of(self.grid), settings.timeout_seconds)
         self.guests, replicas = build_replicas(self, self.pipeline.schedule.placement)
         modules = {self.stage_id: self.module, **self.guests}
-        self.pipeline.hold(replicas, {stage: layers(modules[stage]) for stage in replicas})
+        held = {stage: layers(modules[stage]) for stage in replicas}
+        self.pipeline.hold(replicas, held, error_feedback(self, settings))
         if self._loader is not None:
             super().set_dataloader(self._loader)  # again: now it is known who reads
         self._start()
@@ -117,22 +121,28 @@ class ScheduledPipelineEngine(PipelineEngine):
         return loss
 
     def eval_batch(self, data_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's ``eval_batch``, on the weights after the latest update. Training goes on afterwards as if
-        it had not been called: what is in flight stays, and it draws no random numbers."""
+        """DeepSpeed's ``eval_batch``, on the weights after the latest update; with error feedback on the plain iterate,
+        which stays in the weights until the next window. Training goes on afterwards as if it had not been called:
+        what is in flight stays, and it draws no random numbers."""
         with self._aside(), self._acting_as(self.stage_id), self.pipeline.watch.guard("evaluation", None):
+            self.pipeline.feedback.put_plain()
             return super().eval_batch(data_iter, *args, **kwargs)
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's checkpoint, which stock 1F1B loads too, with the random state of every rank beside it.
+        """DeepSpeed's checkpoint, which stock 1F1B loads too, with the random state of every rank beside it, and, with
+        error feedback, what every stage computed with: the checkpoint itself holds the plain iterate.
 
         What is in flight is cancelled first and forwarded anew afterwards, so that a run resumed from the
         checkpoint equals this one as it goes on, bit for bit.
         """
-        self.executor.quiesce()
-        self.pipeline.copy_home()  # a resumed run has the home's buffers everywhere
+        self.pipeline.rest()
         saved = super().save_checkpoint(save_dir, tag, *args, **kwargs)
         tag = f"global_step{self.global_steps}" if tag is None else tag
-        save_random_states(self.pipeline.random_streams.states(), save_dir, tag, self.global_rank)
+        directory = Path(save_dir) / str(tag)
+        save_beside(RANDOM_STATE, self.pipeline.random_streams.states(), directory, self.global_rank)
+        ahead = self.pipeline.feedback.ahead()
+        if ahead is not None and self._first_replica() == self.global_rank:
+            save_beside(AHEAD, ahead, directory, self.global_rank)
         return saved
 
     def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -140,8 +150,10 @@ class ScheduledPipelineEngine(PipelineEngine):
         the checkpoint stands."""
         self.executor.quiesce()
         path, state = super().load_checkpoint(load_dir, *args, **kwargs)
-        states = None if path is None else load_random_states(path, self.global_rank)
-        self.pipeline.restart(self.global_steps, states)
+        directory = None if path is None else Path(path).parent
+        states = load_beside(RANDOM_STATE, directory, self.global_rank)
+        ahead = load_beside(AHEAD, directory, self._first_replica())
+        self.pipeline.restart(self.global_steps, states, ahead)
         return path, state
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
@@ -184,6 +196,10 @@ class ScheduledPipelineEngine(PipelineEngine):
         """The sums of gradients of this rank's guests."""
         replicas = self.pipeline.replicas.values()
         return (flat for replica in replicas if isinstance(replica, Guest) for flat in replica.gradients)
+
+    def plain_weights(self) -> Iterable[torch.Tensor]:
+        """The plain iterate, where error feedback keeps it beside the weights."""
+        return self.pipeline.feedback.kept()
 
     # What DeepSpeed calls
 
@@ -266,6 +282,10 @@ class ScheduledPipelineEngine(PipelineEngine):
         finally:
             self._acting = before
 
+    def _first_replica(self) -> int:
+        """Of this rank's data-parallel replicas, which hold the same weights."""
+        return min(dist.get_process_group_ranks(self.grid.get_data_parallel_group()))
+
     def _stages_here(self) -> Iterable[int]:
         if self._acting is not None:
             return (self._acting,)
@@ -293,9 +313,9 @@ class ScheduledPipelineEngine(PipelineEngine):
         worker = EngineWorker(self, schedule, self._num_buffers(schedule))
         self.pipeline.start(worker, self.global_steps, [self.module, *self.guests.values()])
         lines = [clipping_line(self.gradient_clipping(), schedule.updates_meet)]
-        if schedule.reduces:
-            guests = list(self.guests.values())
-            held = Held([self.module], guests, sum_dtype(self.optimizer), self.exchange_buffers())
+        if schedule.reduces or self.pipeline.planned.coefficient is not None:
+            guests, plain = list(self.guests.values()), self.pipeline.feedback.bytes_kept()
+            held = Held([self.module], guests, sum_dtype(self.optimizer), self.exchange_buffers(), plain)
             lines += memory_table(held, self.grid.get_pipe_parallel_group(), self.device)
         if self.global_rank == 0:
             print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)

@@ -26,10 +26,14 @@ def measure(engine: Any) -> Memory:
     """What ``engine``, a ``PipelineEngine``, holds now, without the peak."""
     modules = [engine.module, *getattr(engine, "guests", {}).values()]
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    optimizer = _torch_optimizer(engine)
+    optimizer = torch_optimizer(engine)
     stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return held(
-        weights=[parameters, (buffer for module in modules for buffer in module.buffers())],
+        weights=[
+            parameters,
+            (buffer for module in modules for buffer in module.buffers()),
+            getattr(engine, "plain_weights", tuple)(),
+        ],
         gradients=_gradients(engine, [*parameters, *stepped]),
         exchange=getattr(engine, "exchange_buffers", tuple)(),
         optimizer_state=[stepped, optimizer.state],
@@ -56,7 +60,7 @@ def gauge(engine: Any, samples: list[Memory]) -> Iterator[None]:
     instructions = engine._INSTRUCTION_MAP
     # The engine looks its instructions up through itself.
     engine._INSTRUCTION_MAP = {kind: wrap(kind, run) for kind, run in instructions.items()}
-    hook = _torch_optimizer(engine).register_step_pre_hook(sample)
+    hook = torch_optimizer(engine).register_step_pre_hook(sample)
     try:
         yield
     finally:
@@ -64,7 +68,7 @@ def gauge(engine: Any, samples: list[Memory]) -> Iterator[None]:
         engine._INSTRUCTION_MAP = instructions
 
 
-def _torch_optimizer(engine: Any) -> Any:
+def torch_optimizer(engine: Any) -> Any:
     """The optimizer that DeepSpeed's own may wrap. It steps the weights, or fp32 masters of them."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 

@@ -128,7 +128,7 @@ class EngineWorker(StagesWorker):
         return inputs
 
     def update(self, action: Action) -> None:
-        with live_update(self._engine.module.parameters()):
+        with live_update(self._engine.module.parameters()), self._engine.pipeline.feedback.stepping():
             self._engine._exec_reduce_tied_grads()
             self._engine._exec_reduce_grads()
             self._engine._exec_optimizer_step()

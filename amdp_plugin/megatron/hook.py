@@ -15,6 +15,7 @@ from torch import nn
 from ..plan.schedule import Schedule
 from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_table
 from ..runtime.executor import Executor
+from ..runtime.feedback import ErrorFeedback
 from ..runtime.pipeline import Pipeline, Site
 from ..runtime.runnable import check_homes, check_runnable
 from ..settings import ScheduleSettings
@@ -203,7 +204,7 @@ class ScheduledForwardBackward:
         self.guests = build_guests(self._provider, self._chunk, self._rank, placement)
         replicas = build_replicas(self._chunk, self._rank, self.guests, placement)
         chunks = {self._rank: self._chunk, **self.guests}
-        self.pipeline.hold(replicas, {stage: bare(chunks[stage]) for stage in replicas})
+        self.pipeline.hold(replicas, {stage: bare(chunks[stage]) for stage in replicas}, ErrorFeedback((), ()))
         if not self.updates_meet:
             self._taken.enter_context(stage_local(self._optimizer))
         if not self.schedule.flush:

@@ -105,6 +105,8 @@ def check_options(settings: ScheduleSettings, schedule: Schedule, sources: Itera
     Raises:
         ValueError: with the option, its value, the reason and the alternative.
     """
+    if schedule.compensation != "none":
+        refuse(settings.name, f"compensation {schedule.compensation!r}", "not yet", 'use "none"')
     sources = list(sources)
     for refused in OPTIONS:
         if refused.free_running and schedule.flush:

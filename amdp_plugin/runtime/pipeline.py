@@ -29,6 +29,7 @@ from .device import device_of
 from .exchange import Exchange, gradient_links, weight_links
 from .executor import Executor, Worker, keep_sent
 from .feed import Feed
+from .feedback import ErrorFeedback
 from .groups import MAX_CHANNELS, channels_of_a_message
 from .losses import WindowLosses
 from .random_streams import Generators, RandomStreams
@@ -79,6 +80,7 @@ class Pipeline:
     Attributes:
         executor: runs the program; there after :meth:`start`.
         planned: the figures of the program; likewise.
+        feedback: what this rank's own stage computes with, and what its optimizer goes on from.
 
     Raises:
         ValueError: for a schedule that can only be planned; on every rank, where their programs differ.
@@ -86,6 +88,7 @@ class Pipeline:
 
     executor: Executor
     planned: Report
+    feedback: ErrorFeedback
 
     def __init__(
         self,
@@ -118,13 +121,17 @@ class Pipeline:
         """What is run: of alternatives, the chosen one."""
         return self._planner.schedule
 
-    def hold(self, replicas: Mapping[int, Replica], modules: Mapping[int, nn.Module]) -> None:
-        """Take over the stages on this rank that others hold too; guests get the weights of their homes.
+    def hold(
+        self, replicas: Mapping[int, Replica], modules: Mapping[int, nn.Module], feedback: ErrorFeedback
+    ) -> None:
+        """Take over the stages on this rank; guests get the weights of their homes.
 
         Args:
-            replicas: home or guest, by stage.
+            replicas: those that other ranks hold too, home or guest, by stage.
             modules: the same stages' modules, whose parameters and buffers come in one order on all ranks.
+            feedback: of the stage that is at home here.
         """
+        self.feedback = feedback
         self.replicas, self._replicated = replicas, modules
         if self.schedule.reduces:
             placement = self.schedule.placement
@@ -143,6 +150,7 @@ class Pipeline:
         """
         self._unchecked = tuple(modules)
         schedule, self.planned = self.schedule, report(self._planner, windows=1)
+        self.feedback.coefficient = self.planned.coefficient
         if self.channels is not None:
             self.channels.keep_sent = keep_sent(schedule)
         elif schedule.num_ranks > 1:
@@ -167,6 +175,7 @@ class Pipeline:
         check_modules(self.schedule, self._unchecked)
         self._unchecked = ()
         self._at_rest = False
+        self.feedback.put_ahead()
         try:
             return list(self.executor.open_window())
         except StopIteration:
@@ -178,13 +187,24 @@ class Pipeline:
         self.executor.close_window()
         self._at_rest = True
 
-    def restart(self, window: int, random_states: list[Any] | None) -> None:
+    def rest(self) -> None:
+        """Between two windows, for a checkpoint: nothing is in flight, replicas have the buffers of their homes, which
+        a resumed run has everywhere, and this rank's own stage its plain iterate, until the next window."""
+        self.executor.quiesce()
+        self.copy_home()
+        self.feedback.put_plain()
+
+    def restart(
+        self, window: int, random_states: list[Any] | None, ahead: Sequence[Tensor] | None = None
+    ) -> None:
         """Go on from a checkpoint: nothing is in flight, and data that was read ahead is dropped.
 
         Args:
             window: updates that the checkpoint's weights have had.
             random_states: what its streams of random numbers would draw next, where it tells.
+            ahead: what this rank's own stage computed with, likewise; see :meth:`.ErrorFeedback.restart`.
         """
+        self.feedback.restart(ahead)
         if random_states:
             self.random_streams.load(random_states)
         self.copy_home()
@@ -193,6 +213,7 @@ class Pipeline:
 
     def copy_home(self) -> None:
         """Let the guests take the weights and buffers of their homes; nothing may be in flight."""
+        self.feedback.put_ahead()
         if self.exchange is not None:
             self.exchange.copy_home(self._replicated)
 

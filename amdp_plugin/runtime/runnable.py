@@ -31,11 +31,6 @@ def check_homes(schedule: Schedule) -> None:
     Raises:
         ValueError: with the placement.
     """
-    if schedule.compensation != "none":
-        raise ValueError(
-            f"schedule {schedule.name!r} can be planned, not run, with compensation {schedule.compensation!r}; use "
-            '"none"'
-        )
     if any(schedule.placement.home(stage) != stage for stage in range(schedule.num_stages)):
         raise ValueError(
             f"schedule {schedule.name!r}: its first direction must place stage s on rank s, it places them on "

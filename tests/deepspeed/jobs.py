@@ -152,6 +152,14 @@ def weights(engine: Any) -> dict[int, dict[str, Tensor]]:
     }
 
 
+def plain(engine: Any) -> list[Tensor]:
+    """What the engine's optimizer goes on from, in the dtype of the weights."""
+    engine.pipeline.feedback.put_plain()
+    seen = [parameter.detach().to("cpu", copy=True) for parameter in engine.module.parameters()]
+    engine.pipeline.feedback.put_ahead()
+    return seen
+
+
 def random_states(engine: Any) -> list[Tensor]:
     """What this rank's streams of random numbers would draw next, on the CPU."""
     pipeline = getattr(engine, "pipeline", None)
@@ -172,7 +180,8 @@ def finish(engine: Any, losses: list[float]) -> dict[str, Any]:
     if executor is not None:
         executor.quiesce()
     return {
-        "weights": weights(engine),
+        "plain": plain(engine) if executor else [],
+        "weights": weights(engine),  # what it computes with, also after an evaluation
         "losses": losses,
         "random": random_states(engine),
         "learning_rate": engine.get_lr(),
@@ -255,6 +264,8 @@ def assert_equals_oracle(found: list[dict[str, Any]], pipeline: SerialPipeline, 
         for stage, weights in result["weights"].items():
             expected = pipeline.replica(stage, rank).state_dict()
             assert_same_weights(weights, expected, f"rank {rank}, stage {stage}")
+        for value, master in zip(result["plain"], pipeline.plain(rank), strict=True):
+            assert torch.equal(value, master.to(value)), f"rank {rank}: plain iterate"
         assert_same_random(result["random"], pipeline.random_states[rank], f"rank {rank}")
         own = [used for (stage, index), used in pipeline.used.items() if placement.rank_of(stage, index) == rank]
         assert result["gap"] == max(used.backward - used.forward for used in own)

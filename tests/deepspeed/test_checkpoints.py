@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.lr_schedules import WarmupDecayLR
 
 from tests import devices
 from tests.processes import run_ranks
+from tests.runtime.models import OPTIMIZERS
 from tests.runtime.pipelines import placed
 
 from .jobs import Job, assert_equals_oracle, assert_same, finish, make_engine, make_oracle, oracle, stream
-from .test_oracle import BF16, NON_REENTRANT, WARMUP
+from .test_oracle import BF16, FEEDBACK, MASTERS, NON_REENTRANT, WARMUP
 
 HALF = 10
 ZERO = {"zero_optimization": {"stage": 1}}
 SCHEDULED = {"scheduler": {"type": "WarmupDecayLR", "params": {**WARMUP, "total_num_steps": 3 * HALF}}}
+AHEAD_PACI, AHEAD_AMDP = {"name": "paci", **FEEDBACK}, {"name": "amdp", **FEEDBACK}
 JOBS = {
     "paci": Job("paci", 3, 2, optimizer="adamw", config=SCHEDULED),
     "paci, long window": Job("paci", 2, 5),
@@ -34,6 +37,12 @@ JOBS = {
     "amdp, ZeRO-1": Job("amdp", 4, 4, optimizer="adamw", config=ZERO, replicas=2),
     "amdp, clipping": Job("amdp", 4, 4, config={"gradient_clipping": 0.05}),
     "1f1b, ZeRO-1": Job("1f1b", 2, 2, optimizer="adamw", config=ZERO, replicas=2),
+    "error feedback": Job(AHEAD_PACI, 3, 2, optimizer="adamw", config=SCHEDULED),
+    "error feedback, replicas": Job(AHEAD_PACI, 2, 2, replicas=2),
+    "error feedback, ZeRO-1": Job(AHEAD_PACI, 2, 2, optimizer="adamw", config=ZERO, replicas=2),
+    "error feedback, bf16": Job(AHEAD_PACI, 2, 2, optimizer="adamw", config=BF16, dtype=torch.bfloat16, replicas=2),
+    "error feedback, amdp": Job(AHEAD_AMDP, 4, 4, kind="counting", optimizer="adamw"),
+    "error feedback, amdp, bf16": Job(AHEAD_AMDP, 4, 4, optimizer="adamw", config=BF16, dtype=torch.bfloat16),
 }
 
 
@@ -131,7 +140,47 @@ def test_engines_load_each_other(
         assert left == right
 
 
-EVALUATED = [Job("paci", 3, 2), Job("paci", 2, 4), Job("paci", 4, 1), Job("1f1b", 3, 2), Job("amdp", 4, 8)]
+@pytest.mark.parametrize("masters", [None, *MASTERS])
+@pytest.mark.parametrize(
+    ("first", "second"), [(AHEAD_PACI, None), (AHEAD_PACI, "paci"), (None, AHEAD_PACI), (AHEAD_AMDP, None)]
+)
+def test_checkpoints_hold_the_plain_iterate(first: Any, second: Any, masters: str | None, tmp_path: Path) -> None:
+    """What another schedule loads is what the optimizer went on from, and not what the stages computed with. Under
+    error feedback, too, a run that begins from there begins with that."""
+    stages = 4 if first == AHEAD_AMDP else 2
+    one, other = [
+        replace(Job(each, stages, 4, optimizer="adamw"), **MASTERS.get(masters or "", {})) for each in (first, second)
+    ]
+    one, other = (replace(job, config={**SCHEDULED, **job.config}) for job in (one, other))
+    found = run_ranks(stages, change_hands, one, other, tmp_path)
+    for left, right in found:
+        assert left == right
+    if first is None:
+        return
+    pipeline = trained_oracle(one, masters)
+    for rank, (left, _) in enumerate(found):
+        plain = [value.to(one.dtype).tolist() for value in pipeline.plain(rank)]
+        assert list(left["weights"].values()) == plain
+        assert plain != [parameter.tolist() for parameter in pipeline.stages[rank].parameters()]
+
+
+def trained_oracle(job: Job, masters: str | None) -> Any:
+    def scheduled(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = OPTIMIZERS["adamw"](parameters)
+        scheduler = WarmupDecayLR(optimizer, **SCHEDULED["scheduler"]["params"])
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
+        return optimizer
+
+    pipeline = make_oracle(job, scheduled, master_dtype=torch.float32 if masters == "bf16" else None)
+    pipeline.train(placed(job.dtype), HALF)
+    return pipeline
+
+
+EVALUATED = [
+    *(Job("paci", 3, 2), Job("paci", 2, 4), Job("paci", 4, 1), Job("1f1b", 3, 2), Job("amdp", 4, 8)),
+    *(Job(AHEAD_PACI, 3, 2), Job(AHEAD_AMDP, 4, 8)),
+    Job(AHEAD_PACI, 3, 2, optimizer="adamw", config=ZERO),
+]
 
 
 def evaluate(engine: Any, job: Job, **options: Any) -> float:
@@ -152,8 +201,11 @@ def with_evaluation(rank: int, job: Job, often: bool) -> tuple[dict[str, Any], l
 
 
 def evaluated_by_the_oracle(job: Job, windows: int, micro_batches: int) -> float:
-    """The mean loss with the weights after ``windows`` updates, without dropout."""
+    """The mean loss with what the optimizers have made by ``windows`` updates, without dropout."""
     pipeline, _ = oracle(replace(job, windows=windows))
+    for stage, module in enumerate(pipeline.stages):
+        for parameter, plain in zip(module.parameters(), pipeline.plain(stage), strict=True):
+            parameter.data.copy_(plain)
     batches, total = placed(job.dtype), devices.place(torch.zeros(()))
     with torch.no_grad():
         for number in range(500 + micro_batches):

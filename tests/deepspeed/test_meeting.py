@@ -192,6 +192,30 @@ def test_gradients_of_guests_have_the_loss_scale_too() -> None:
             assert step > 0 and error < 0.1 * step, f"stage {stage}: {key}"
 
 
+@pytest.mark.parametrize("config", [{}, {"zero_optimization": None}], ids=["ZeRO-1", "plain"])
+def test_error_feedback_in_fp16(config: dict[str, Any]) -> None:
+    """After one update a stage is as far ahead of it as the plan says, and the masters are those without."""
+    config = {**FP16, **config, "fp16": {"enabled": True, "loss_scale": 128.0}, "gradient_clipping": 0.0}
+    job = Job("amdp", 4, 8, optimizer="adamw", config=config, dtype=torch.float16, windows=1)
+    without, before = run_ranks(4, train_fp16, job), run_ranks(4, train_fp16, replace(job, windows=0))
+    found = run_ranks(4, train_fp16, replace(job, schedule={"name": "amdp", "compensation": "error_feedback"}))
+    for stage in range(4):
+        start, plain = before[stage]["weights"][stage], without[stage]["weights"][stage]
+        computing = found[stage]["weights"][stage].values()
+        for key, value, weight in zip(plain, found[stage]["plain"], computing, strict=True):
+            assert torch.equal(value, plain[key])
+            ahead = plain[key].float() + AHEAD * (plain[key].float() - start[key].float())
+            torch.testing.assert_close(weight.float(), ahead, rtol=1e-3, atol=1e-3)
+            assert (weight - value).float().norm() > 0.4 * (plain[key] - start[key]).float().norm()
+        for replica in found:
+            for key, value in replica["weights"].get(stage, {}).items():
+                assert torch.equal(value, found[stage]["weights"][stage][key])
+
+
+AHEAD = 0.5
+"""The largest mean staleness of ``amdp`` with 4 stages, windows of 8 and updates that meet."""
+
+
 def test_all_stages_skip_a_step_together() -> None:
     """The scale falls, and rises again, on all ranks at the same window; nothing but rounding differs from 1F1B
     before the first update."""

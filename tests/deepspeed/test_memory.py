@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +25,13 @@ from amdp_plugin.deepspeed.memory import gauge, measure
 from amdp_plugin.deepspeed.record import Recorder
 from amdp_plugin.plan.action import BACKWARD, FORWARD, Action
 from amdp_plugin.plan.planner import Planner
+from amdp_plugin.plan.report import report
 from amdp_plugin.runtime.timeline import RUN
 from tests.processes import run_ranks
 from tests.runtime.models import Plain
 
 from .jobs import Job, assert_same, finish, make_engine, run, stream
-from .test_oracle import BF16
+from .test_oracle import BF16, FEEDBACK
 
 LAYERS, SHORT, WHOLE, STEP_TENSOR = 2, 2, 4, 4
 """Layers of a stage; bytes of a bf16 and of an fp32 number, and of the counter that AdamW keeps for each tensor."""
@@ -56,7 +59,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
 """For every job: bytes of weights, gradients and optimizer state on every rank."""
 
 
-def job_of(changes: dict[str, Any], schedule: str | None) -> Job:
+def job_of(changes: dict[str, Any], schedule: Any) -> Job:
     config = {**ADAMW, **changes.get("config", {})}
     return Job(schedule, layers_per_stage=LAYERS, optimizer=None, **{**changes, "config": config})
 
@@ -84,6 +87,38 @@ def test_bytes_by_class(case: str, schedule: str | None) -> None:
     results = run_ranks(job.world, recorded, job)
     assert {kept(record) for _, record in results} == {Memory(weights, gradients, optimizer_state, exchange=0)}
     assert_same([result for result, _ in results], run(job))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_feedback_keeps_a_copy_where_there_are_no_masters(case: str) -> None:
+    changes, (weights, gradients, optimizer_state) = CASES[case]
+    job = job_of(changes, {"name": "paci", **FEEDBACK})
+    results = run_ranks(job.world, recorded, job)
+    copies = 2 if case == "fp32" else 1
+    assert {kept(record) for _, record in results} == {Memory(copies * weights, gradients, optimizer_state, exchange=0)}
+    if case == "fp32":
+        planned = report(Planner(Run("paci", [record for _, record in results]).schedule()), 1)
+        assert planned.weight_copies_by_rank == (copies,) * job.stages
+
+
+def announced(rank: int, job: Job) -> str:
+    """What rank 0 prints at the start."""
+    output = io.StringIO()
+    with redirect_stdout(output):
+        make_engine(rank, job)
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("case", ["fp32", "ZeRO-1"])
+def test_error_feedback_is_announced_with_what_it_takes(case: str) -> None:
+    """Stages that are large enough to be seen in MiB."""
+    changes, _ = CASES[case]
+    job = replace(job_of(changes, {"name": "paci", **FEEDBACK}), layers_per_stage=3000)
+    text = run_ranks(job.world, announced, job)[0]
+    size = f"{3000 * NUMBERS / LAYERS * WHOLE / 2**20:.1f}"
+    assert f"weights        {size} ({size})  {size} ({size})" in text
+    assert (f"plain iterate  {size}  {size}" in text) is (case == "fp32")
+    assert "x = z + 0.5 (z - z_before)" in text
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16, sums in fp32"])

@@ -196,6 +196,51 @@ def test_amdp_with_zero_1() -> None:
     check(Job("amdp", 4, 4, optimizer="adamw", config={"zero_optimization": {"stage": 1}}))
 
 
+FEEDBACK = {"compensation": "error_feedback"}
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 2), (4, 2), (4, 6)])
+def test_error_feedback(stages: int, size: int) -> None:
+    optimizer = {2: "sgd", 3: "adamw", 4: "fused"}[stages]
+    job = Job({"name": "paci", **FEEDBACK, "strength": 0.7}, stages, size, "counting", optimizer=optimizer)
+    for result in check(job):
+        assert_ahead(result)
+
+
+MASTERS = {
+    "bf16": {"config": {**BF16, "communication_data_type": "fp32"}, "dtype": torch.bfloat16},
+    "ZeRO-1": {"config": {"zero_optimization": {"stage": 1}}},
+}
+"""Jobs whose optimizer steps master copies, which are the plain iterate."""
+
+
+@pytest.mark.parametrize("masters", [None, *MASTERS])
+def test_error_feedback_under_amdp(masters: str | None) -> None:
+    """Guests get what their home computes with."""
+    check_masters(Job({"name": "amdp", **FEEDBACK}, 4, 8, optimizer="adamw"), masters)
+
+
+@pytest.mark.parametrize(
+    ("masters", "optimizer"),
+    [("bf16", "sgd"), ("bf16", "adamw"), ("bf16", "fused"), ("ZeRO-1", "sgd"), ("ZeRO-1", "adamw")],
+)
+def test_error_feedback_with_masters(masters: str, optimizer: str) -> None:
+    check_masters(Job({"name": "paci", **FEEDBACK}, 3, 2, optimizer=optimizer), masters)
+
+
+@pytest.mark.parametrize("masters", [None, *MASTERS])
+def test_error_feedback_on_replicas_that_are_alike(masters: str | None) -> None:
+    """With ZeRO-1 and bf16 each holds a part of the masters."""
+    job = Job({"name": "paci", **FEEDBACK}, 2, 2, optimizer="adamw", replicas=2, alike=True)
+    check_masters(job, masters)
+
+
+def check_masters(job: Job, masters: str | None) -> None:
+    job = replace(job, **MASTERS.get(masters or "", {}))
+    for result in check(job, master_dtype=torch.float32 if masters == "bf16" else None):
+        assert_ahead(result)
+
+
 def test_chimera() -> None:
     check(Job("chimera", 4, 4, optimizer="adamw"))
 
@@ -205,8 +250,15 @@ def check(
     modelled: Job | None = None,
     make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     **options: Any,
-) -> None:
+) -> list[dict[str, Any]]:
     """``job`` equals the oracle of ``modelled``, by default of the same job."""
     found = run(job)
     pipeline, losses = oracle(modelled or job, make_optimizer, **options)
     assert_equals_oracle(found, pipeline, losses)
+    return found
+
+
+def assert_ahead(result: dict[str, Any]) -> None:
+    """A stage computes with other weights than its optimizer goes on from."""
+    computing = [value for key, value in result["weights"][result["stage"]].items() if "mean" not in key]
+    assert not any(map(torch.equal, computing, result["plain"]))

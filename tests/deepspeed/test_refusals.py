@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -15,6 +16,8 @@ from torch import nn
 import amdp_plugin
 from amdp_plugin.deepspeed import entry
 from amdp_plugin.deepspeed.engine import ScheduledPipelineEngine
+from amdp_plugin.deepspeed.feedback import error_feedback
+from amdp_plugin.settings import read_schedule
 from tests.processes import run_ranks
 from tests.runtime.models import WIDTH, data, loss
 
@@ -71,6 +74,25 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "directions that do not divide": (section({"name": "amdp", "directions": 3}), ["directions"]),
     "parked gradients": (section({"name": "amdp", "updates": "parked"}), ["sums the next window's", '"together"']),
     "unknown updates": (section({"name": "amdp", "updates": "never"}), ["together", "independent", "'never'"]),
+    "compensation of nothing": (
+        section({"name": "1f1b", "compensation": "error_feedback"}),
+        ["1f1b: compensation 'error_feedback' means nothing", "no gradient is late (staleness 0)", "free-running"],
+    ),
+    "unknown compensation": (
+        section({"name": "paci", "compensation": "x"}),
+        ["'compensation'", "'x'", "error_feedback"],
+    ),
+    "strength of nothing": (
+        section({"name": "paci", "compensation": "error_feedback", "strength": 0.0}),
+        ["'strength'", "greater than 0"],
+    ),
+    "compensation and steps on the host": (
+        {
+            **section({"name": "paci", "compensation": "error_feedback"}),
+            "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+        },
+        ["\"offload_optimizer\"", "two iterates", "leave one of them out"],
+    ),
     "fp16": (
         {**PACI, "fp16": {"enabled": True}},
         ['"fp16"', "all stages must decide together", '"bf16"', '"together"'],
@@ -195,6 +217,29 @@ def test_different_configurations_on_the_ranks_are_refused() -> None:
     """On all of them, and at once: they would wait for each other."""
     for rank, message in enumerate(run_ranks(3, attempt_different_programs)):
         assert f"different programs, rank {rank} for ('paci', {{'extra_in_flight': {rank % 2}}}, 3, 2" in message
+
+
+class Unhooked:
+    """Steps, and says nothing of it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.param_groups, self.step, self.zero_grad = optimizer.param_groups, optimizer.step, optimizer.zero_grad
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+
+
+def test_optimizers_that_no_hook_can_be_put_around() -> None:
+    layer = nn.Linear(2, 2)
+    settings = read_schedule({"name": "paci", "compensation": "error_feedback"}, "here")
+    optimizer: Any = torch.optim.SGD(layer.parameters(), lr=0.1)
+    engine = SimpleNamespace(module=layer, optimizer=Unhooked(optimizer))
+    with pytest.raises(ValueError, match="'error_feedback' cannot be used with the optimizer Unhooked: nothing can"):
+        error_feedback(engine, settings)
+    error_feedback(engine, read_schedule("paci", "here"))
+    engine.optimizer = SimpleNamespace(optimizer=optimizer, fused_adam_legacy=True)
+    with pytest.raises(ValueError, match="fused_adam_legacy in fp16: its step writes the weights by itself"):
+        error_feedback(engine, settings)
+    engine.optimizer.fused_adam_legacy = False
+    error_feedback(engine, settings)
 
 
 class Learning(nn.Module):
