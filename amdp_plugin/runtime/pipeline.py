@@ -141,7 +141,7 @@ class Pipeline:
     def start(self, worker: Worker, window: int) -> None:
         """Prove the program, and wire it up to ``worker``, to begin with ``window``."""
         schedule, self.planned = self.schedule, report(self._planner, windows=1)
-        self.feedback.coefficient = self.planned.coefficient
+        self.feedback.begin(self.planned.coefficient)
         if self.channels is not None:
             self.channels.keep_sent = keep_sent(schedule)
         elif schedule.num_ranks > 1:
