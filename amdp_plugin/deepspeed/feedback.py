@@ -17,28 +17,15 @@ def error_feedback(engine: Any, settings: ScheduleSettings) -> ErrorFeedback:
     Raises:
         ValueError: where the schedule asks for it and its optimizer cannot do it.
     """
-    inner = torch_optimizer(engine)
-    if settings.compensation != "none":
-        _check(engine.optimizer, inner, settings)
-    return ErrorFeedback(engine.module.parameters(), [inner], lambda: _copy_masters(engine.optimizer))
-
-
-def _check(optimizer: Any, inner: Any, settings: ScheduleSettings) -> None:
-    def refuse(what: str, why: str, instead: str) -> None:
-        raise ValueError(
-            f"schedule {settings.name!r}: compensation {settings.compensation!r} cannot be used with {what}: {why}; "
-            f'{instead}, or "compensation": "none"'
-        )
-
-    if not isinstance(inner, torch.optim.Optimizer):
-        refuse(
-            f"the optimizer {type(inner).__name__}",
-            "nothing can be done before and after its step",
-            "use one that is a torch.optim.Optimizer",
-        )
     for legacy in ("fused_adam_legacy", "fused_lamb_legacy"):
-        if getattr(optimizer, legacy, False):
-            refuse(f"{legacy} in fp16", "its step writes the weights by itself", "use AdamW, or bf16")
+        if settings.compensation != "none" and getattr(engine.optimizer, legacy, False):
+            raise ValueError(
+                f"compensation {settings.compensation!r} cannot be used with {legacy} of fp16, whose step writes the "
+                'weights by itself: use another optimizer, bf16, or "compensation": "none"'
+            )
+    return ErrorFeedback(
+        engine.module.parameters(), [torch_optimizer(engine)], lambda: _copy_masters(engine.optimizer)
+    )
 
 
 def _copy_masters(optimizer: Any) -> None:

@@ -10,15 +10,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
-from torch import nn
+from torch import Tensor, nn
 
 from ..plan.schedule import Schedule
 from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_table
 from ..runtime.executor import Executor
-from ..runtime.feedback import ErrorFeedback
 from ..runtime.pipeline import Pipeline, Site
 from ..runtime.runnable import check_homes, check_runnable
 from ..settings import ScheduleSettings
+from .feedback import error_feedback
 from .guests import ModelProvider, bare, build_guests, build_replicas, sum_dtype
 from .losses import WindowReports
 from .optimizer import OptimizerSteps, stage_local
@@ -38,7 +38,8 @@ class ScheduledForwardBackward:
     One call runs one window of this rank's program, the update in it included: ``optimizer.step()``, which the loop
     calls afterwards, hands out that update's result. After ``k`` calls every stage has had ``k`` updates, from the
     micro-batches that stock 1F1B would have used, but what a free-running schedule has forwarded ahead stays in flight
-    between two calls. With ``forward_only`` it is Megatron's stock schedule, which nothing in flight is touched by.
+    between two calls. With ``forward_only`` it is Megatron's stock schedule, which nothing in flight is touched by;
+    under error feedback it sees the plain iterate, which stays in the weights until the next call that trains.
 
     Args:
         settings: which schedule, and its options.
@@ -71,6 +72,7 @@ class ScheduledForwardBackward:
         iteration: int = 0,
         random_states: list[Any] | None = None,
         num_microbatches: int | None = None,
+        ahead: list[Tensor] | None = None,
     ) -> None:
         """Take over the stepping of ``optimizer``, once, before the first call.
 
@@ -82,6 +84,7 @@ class ScheduledForwardBackward:
             random_states: what :meth:`random_states` returned when the checkpoint was written.
             num_microbatches: of a window, where that is known: what the schedule cannot work with is then refused here,
                 else at the first call.
+            ahead: what :meth:`ahead` returned when the checkpoint was written.
 
         Raises:
             ValueError: for anything that the schedule cannot work with.
@@ -95,7 +98,7 @@ class ScheduledForwardBackward:
         self._num_stages, self._rank = self._group.size(), self._group.rank()
         self._clipping, self._fp16 = float(optimizer.config.clip_grad), bool(self._config.fp16)
         self._tied = self._num_stages > 1 and bool(getattr(bare(self._chunk), "share_embeddings_and_output_weights", 0))
-        self._iteration, self._resumed_states = iteration, random_states
+        self._iteration, self._resumed_states, self._resumed_ahead = iteration, random_states, ahead
         if num_microbatches is not None:
             self.schedule = self._check(self._make_schedule(num_microbatches))
         self._steps = OptimizerSteps(optimizer, self._chunk)
@@ -110,22 +113,29 @@ class ScheduledForwardBackward:
 
     def quiesce(self) -> None:
         """Cancel what is in flight, between two calls: every stage is at one version then, and random states are those
-        from before. All ranks of the pipeline must call it; do so before a checkpoint is written."""
+        from before. With error feedback the weights are the plain iterate, until the next call. All ranks of the
+        pipeline must call it; do so before a checkpoint is written."""
         if self._started:
-            self.executor.quiesce()
-            self.pipeline.copy_home()  # a resumed run has the home's buffers everywhere
+            self.pipeline.rest()
 
     def random_states(self) -> list[Any]:
         """What each of this rank's streams of random numbers would draw next, for a checkpoint."""
         return self.pipeline.random_streams.states() if self._started else [GENERATORS.get()]
 
-    def restart(self, iteration: int, random_states: list[Any] | None = None) -> None:
+    def ahead(self) -> list[Tensor] | None:
+        """What this rank's stage computes with under error feedback, for a checkpoint, whose weights are the plain
+        iterate; ``None`` without. Data-parallel replicas have the same."""
+        return self.pipeline.feedback.ahead() if self._started else self._resumed_ahead
+
+    def restart(
+        self, iteration: int, random_states: list[Any] | None = None, ahead: list[Tensor] | None = None
+    ) -> None:
         """Weights and optimizer were loaded from the checkpoint of ``iteration``: give an iterator that begins where
         that stands."""
-        self._iteration, self._resumed_states = iteration, random_states
+        self._iteration, self._resumed_states, self._resumed_ahead = iteration, random_states, ahead
         if self._started:
             self.executor.quiesce()
-            self.pipeline.restart(iteration, random_states)
+            self.pipeline.restart(iteration, random_states, ahead)
 
     @property
     def executor(self) -> Executor:
@@ -163,6 +173,8 @@ class ScheduledForwardBackward:
         arguments = dict(forward_step_func=forward_step_func, data_iterator=data_iterator, model=model, **others)
         if forward_only:
             with self.pipeline.watch.guard("evaluation", None) if self._started else nullcontext():
+                if self._started:
+                    self.pipeline.feedback.put_plain()
                 stock = stock_forward_backward_func()
                 return stock(num_microbatches=num_microbatches, forward_only=True, **arguments)
         if not self._attached:
@@ -204,14 +216,15 @@ class ScheduledForwardBackward:
         self.guests = build_guests(self._provider, self._chunk, self._rank, placement)
         replicas = build_replicas(self._chunk, self._rank, self.guests, placement)
         chunks = {self._rank: self._chunk, **self.guests}
-        self.pipeline.hold(replicas, {stage: bare(chunks[stage]) for stage in replicas}, ErrorFeedback((), ()))
+        held = {stage: bare(chunks[stage]) for stage in replicas}
+        self.pipeline.hold(replicas, held, error_feedback(self._optimizer, self._chunk))
         if not self.updates_meet:
             self._taken.enter_context(stage_local(self._optimizer))
         if not self.schedule.flush:
             self._taken.callback(setattr, self._config, "barrier_with_L1_time", self._config.barrier_with_L1_time)
             self._config.barrier_with_L1_time = False
         self._start(self._iteration)
-        self.pipeline.restart(self._iteration, self._resumed_states)
+        self.pipeline.restart(self._iteration, self._resumed_states, self._resumed_ahead)
 
     def _resize(self, micro_batches: int) -> None:
         before, window = self.pipeline.schedule.micro_batches, self.executor.window
@@ -229,10 +242,9 @@ class ScheduledForwardBackward:
         worker = ChunksWorker(self.pipeline, chunks, self._rank, self._steps, lambda: self._call, self._reports.collect)
         self.pipeline.start(worker, window, chunks.values())
         lines = [clipping_line(self._clipping, schedule.updates_meet), *self.notices]
-        if schedule.reduces:
-            held = Held(
-                [self._chunk], list(self.guests.values()), sum_dtype(self._chunk), self.pipeline.exchange_buffers()
-            )
+        if schedule.reduces or self.pipeline.planned.coefficient is not None:
+            guests, plain = list(self.guests.values()), self.pipeline.feedback.bytes_kept()
+            held = Held([self._chunk], guests, sum_dtype(self._chunk), self.pipeline.exchange_buffers(), plain)
             lines += memory_table(held, self._group, self._site().device)
         if dist.get_rank() == 0:
             print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)

@@ -46,7 +46,12 @@ def measure(chunk: Any, optimizer: Any, hook: ScheduledForwardBackward | None) -
     stepped: Sequence[Tensor] = [each for one in inner for group in one.param_groups for each in group["params"]]
     flat = [*chunk.buffers, *chunk.expert_parallel_buffers]  # of Megatron's DDP
     return held(
-        weights=[parameters, [module.buffers() for module in modules], [buffer.param_data for buffer in flat]],
+        weights=[
+            parameters,
+            [module.buffers() for module in modules],
+            [buffer.param_data for buffer in flat],
+            hook.pipeline.feedback.kept() if hook else (),
+        ],
         gradients=[
             [buffer.grad_data for buffer in flat],
             [replica.gradients for replica in replicas if isinstance(replica, Guest)],

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..settings import ScheduleSettings
 from .arguments import add_flags, check_arguments, read_flags
-from .checkpoint import load_random_states, save_random_states
+from .checkpoint import load_ahead, load_random_states, save_ahead, save_random_states
 from .hook import ScheduledForwardBackward
 from .stage_view import acting_as
 from .targets import TARGETS
@@ -132,7 +132,8 @@ def _setup_model_and_optimizer(original: Callable[..., Any]) -> Callable[..., An
             hook = ScheduledForwardBackward(_job.settings)
             hook.notices = _job.notices
             states = load_random_states(arguments) if arguments.iteration else None
-            hook.attach(model, optimizer, model_provider, arguments.iteration, states, get_num_microbatches())
+            ahead = load_ahead(arguments) if arguments.iteration else None
+            hook.attach(model, optimizer, model_provider, arguments.iteration, states, get_num_microbatches(), ahead)
             _job.hook = hook
         return model, optimizer, scheduler
 
@@ -161,6 +162,7 @@ def _save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(iteration, *args, **kwargs)
         if _job.hook is not None and not kwargs.get("non_persistent_ckpt"):
             save_random_states(_job.hook.random_states(), iteration)
+            save_ahead(_job.hook.ahead(), iteration)
         return result
 
     return save

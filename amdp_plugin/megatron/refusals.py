@@ -23,6 +23,7 @@ class Refused:
         instead: what to do.
         allowed: values that are no use of it.
         free_running: refused by free-running schedules alone.
+        compensated: refused with error feedback alone.
     """
 
     names: tuple[str, ...]
@@ -30,6 +31,13 @@ class Refused:
     instead: str
     allowed: Sequence[Any] = field(default=PLAIN)
     free_running: bool = False
+    compensated: bool = False
+
+    def concerns(self, schedule: Schedule) -> bool:
+        """Whether ``schedule`` refuses it."""
+        if self.compensated and schedule.compensation == "none":
+            return False
+        return not (self.free_running and schedule.flush)
 
 
 OPTIONS = (
@@ -92,6 +100,18 @@ OPTIONS = (
     Refused(
         ("perform_rl_step",), "it changes the data of every iteration", "use the stock schedule", free_running=True
     ),
+    Refused(
+        ("use_precision_aware_optimizer",),
+        "the optimizer keeps the master weights to itself, which error feedback must read before and after a step",
+        'leave it out, or use "compensation": "none"',
+        compensated=True,
+    ),
+    Refused(
+        ("optimizer_cpu_offload",),
+        "steps on the host have not been tried with error feedback",
+        'leave it out, or use "compensation": "none"',
+        compensated=True,
+    ),
     Refused(("overlap_moe_expert_parallel_comm",), "it is a schedule of its own", "leave it out"),
 )
 
@@ -105,11 +125,9 @@ def check_options(settings: ScheduleSettings, schedule: Schedule, sources: Itera
     Raises:
         ValueError: with the option, its value, the reason and the alternative.
     """
-    if schedule.compensation != "none":
-        refuse(settings.name, f"compensation {schedule.compensation!r}", "not yet", 'use "none"')
     sources = list(sources)
     for refused in OPTIONS:
-        if refused.free_running and schedule.flush:
+        if not refused.concerns(schedule):
             continue
         for name in refused.names:
             for source in sources:

@@ -79,7 +79,7 @@ class ChunksWorker(StagesWorker):
     ) -> None:
         super().__init__(pipeline.schedule, pipeline.feed, pipeline.random_streams, pipeline.losses, pipeline.replicas)
         self._chunks, self._home, self._steps, self._call, self._report = chunks, home, steps, call, report
-        self._config, self._watch = get_model_config(chunks[home]), pipeline.watch
+        self._config, self._watch, self._feedback = get_model_config(chunks[home]), pipeline.watch, pipeline.feedback
         self._in_flight: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._backward_step = partial(
             schedules.backward_step, **accepted(schedules.backward_step, model_type=get_model_type(chunks[home]))
@@ -149,7 +149,7 @@ class ChunksWorker(StagesWorker):
     def update(self, action: Action) -> None:
         home = self._chunks[self._home]
         reduction = partial(reduce_gradients, self._config, home, bool(self.replicas), **self._call().reduction)
-        with live_update(home.parameters()):
+        with live_update(home.parameters()), self._feedback.stepping():
             self._steps.run(reduction)
 
     def _synchronization(self, action: Action) -> Any:

@@ -24,10 +24,7 @@ class ErrorFeedback:
         parameters: of the stage.
         optimizers: those that step them, or master copies or shards of either.
         refresh: writes into the parameters what was stepped, where that is not the parameters themselves.
-        coefficient: see :func:`.plan.staleness.coefficient`; with ``None`` nothing here does anything.
-
-    Raises:
-        ValueError: from :meth:`stepping`, where nothing can be done before and after the step of an optimizer.
+        coefficient: see :meth:`begin`.
     """
 
     def __init__(
@@ -38,12 +35,28 @@ class ErrorFeedback:
         coefficient: float | None = None,
     ) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self._optimizers, self._refresh, self.coefficient = list(optimizers), refresh, coefficient
+        self._optimizers, self._refresh = list(optimizers), refresh
         self._storages = {_storage(parameter) for parameter in self._parameters}
         self._plain: dict[Tensor, Tensor] = {}
         """``z`` of what is stepped and holds ``x``; within a step, ``z_before`` until it is made."""
         self._ahead: list[Tensor] | None = None
         """``x``, while the parameters hold ``z``."""
+        self.begin(coefficient)
+
+    def begin(self, coefficient: float | None) -> None:
+        """Compute with :func:`.plan.staleness.coefficient` from the next step on; with ``None`` do nothing, ever.
+
+        Raises:
+            ValueError: where nothing can be done before and after the step of an optimizer.
+        """
+        for optimizer in () if coefficient is None else self._optimizers:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise ValueError(
+                    f"compensation 'error_feedback' cannot be used with the optimizer {type(optimizer).__name__}, "
+                    "before and after whose step nothing can be done: use one that is a torch.optim.Optimizer, or "
+                    '"compensation": "none"'
+                )
+        self.coefficient = coefficient
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -101,11 +114,11 @@ class ErrorFeedback:
         self._write(ahead)
 
     def kept(self) -> list[Tensor]:
-        """What lies in memory beside the host's own."""
-        return [*self._plain.values(), *(self._ahead or ())]
+        """What lies in memory beside the host's own, from one step to the next."""
+        return [plain for weight, plain in self._plain.items() if self._is_weight(weight)]
 
     def bytes_kept(self) -> int:
-        """What that comes to between two steps."""
+        """What that comes to, from the first step on."""
         weights = () if self.coefficient is None else self._stepped_weights()
         return sum(weight.numel() * weight.element_size() for weight in weights)
 

@@ -150,7 +150,7 @@ class Pipeline:
         """
         self._unchecked = tuple(modules)
         schedule, self.planned = self.schedule, report(self._planner, windows=1)
-        self.feedback.coefficient = self.planned.coefficient
+        self.feedback.begin(self.planned.coefficient)
         if self.channels is not None:
             self.channels.keep_sent = keep_sent(schedule)
         elif schedule.num_ranks > 1:

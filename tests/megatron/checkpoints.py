@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from amdp_plugin.megatron.optimizer import members
 
-from .training import Trainer
+from .training import Beside, Trainer
 
 LAYOUT = {"distrib_optim_sharding_type": "dp_reshardable"}
 """Of the distributed optimizer's state: as it is in memory."""
@@ -34,8 +34,7 @@ def save(trainer: Trainer, directory: Path, kind: str) -> None:
 
 def load(trainer: Trainer, directory: Path, kind: str) -> None:
     """Let ``trainer`` go on where the one that saved was."""
-    states = (_load_plain if kind == "torch" else _load_distributed)(trainer, directory)
-    trainer.go_on_from(states)
+    trainer.go_on_from(*(_load_plain if kind == "torch" else _load_distributed)(trainer, directory))
 
 
 def _save_plain(trainer: Trainer, directory: Path) -> None:
@@ -43,27 +42,27 @@ def _save_plain(trainer: Trainer, directory: Path) -> None:
         "model": trainer.bare.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "iteration": trainer.iteration,
-        "random": trainer.random_states(),
+        "beside": trainer.beside(),
     }
     torch.save(state, directory / f"{dist.get_rank()}.pt")
 
 
-def _load_plain(trainer: Trainer, directory: Path) -> list[Any]:
+def _load_plain(trainer: Trainer, directory: Path) -> Beside:
     state = torch.load(directory / f"{dist.get_rank()}.pt", weights_only=False)
     trainer.bare.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.iteration = state["iteration"]
-    states: list[Any] = state["random"]
-    return states
+    beside: Beside = state["beside"]
+    return beside
 
 
 def _save_distributed(trainer: Trainer, directory: Path) -> None:
     multiprocessing.current_process().daemon = False  # the writers are processes, and a daemon may have none
     filesystem_async._results_queue = queue.Queue()  # Megatron would start one more process for it, from nothing
-    dist_checkpointing.save(_sharded(trainer, trainer.random_states()), str(directory))
+    dist_checkpointing.save(_sharded(trainer, trainer.beside()), str(directory))
 
 
-def _load_distributed(trainer: Trainer, directory: Path) -> list[Any]:
+def _load_distributed(trainer: Trainer, directory: Path) -> Beside:
     if trainer.job.distributed_optimizer:
         trainer.train(1)  # it cannot tell what it would load before it has made a step
     state = dist_checkpointing.load(_sharded(trainer), str(directory))
@@ -73,8 +72,8 @@ def _load_distributed(trainer: Trainer, directory: Path) -> list[Any]:
     if trainer.job.distributed_optimizer:
         _restore_steps(trainer.optimizer)
     trainer.iteration = state["iteration"]
-    states: list[Any] = state["random"]
-    return states
+    beside: Beside = state["beside"]
+    return beside
 
 
 def _restore_steps(optimizer: Any) -> None:
@@ -86,14 +85,14 @@ def _restore_steps(optimizer: Any) -> None:
                 member.optimizer.state[parameter]["step"] = torch.tensor(group["step"])
 
 
-def _sharded(trainer: Trainer, random_states: list[Any] | None = None) -> dict[str, Any]:
-    """Without ``random_states`` where it is to be loaded."""
+def _sharded(trainer: Trainer, beside: Beside | None = None) -> dict[str, Any]:
+    """Without ``beside`` where it is to be loaded."""
     model = trainer.bare.sharded_state_dict(metadata=LAYOUT)
     ranks = trainer.job.pipeline, trainer.job.tensor, trainer.job.data
     position = trainer.stage, parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank()
     return {
         "model": model,
-        "optimizer": trainer.optimizer.sharded_state_dict(model, is_loading=random_states is None, metadata=LAYOUT),
+        "optimizer": trainer.optimizer.sharded_state_dict(model, is_loading=beside is None, metadata=LAYOUT),
         "iteration": trainer.iteration,
-        "random": ShardedObject("random", random_states, ranks, position),
+        "beside": ShardedObject("beside", beside, ranks, position),
     }

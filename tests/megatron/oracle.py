@@ -102,6 +102,7 @@ def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any, loss: Any 
         "weights": [
             {stage: copies(pipeline.replica(stage, rank)) for stage in placement.stages[rank]} for rank in ranks
         ],
+        "plain": [pipeline.plain(stage) for stage in range(job.pipeline)],
         "losses": losses,
         "random": pipeline.random_states,
         "gaps": [
@@ -157,6 +158,8 @@ def assert_equals_oracle(found: list[dict[str, Any]], expected: dict[str, Any]) 
         assert held.keys() == expected["weights"][stage].keys()
         for each, weights in held.items():
             assert_same_weights(weights, expected["weights"][stage][each], f"rank {rank}, stage {each}")
+        plain = [master.to(value) for value, master in zip(result["plain"], expected["plain"][stage], strict=True)]
+        assert_same_weights(result["plain"], plain, f"rank {rank}, plain iterate")
         states = [state["cpu"] for state in result["random"]]
         assert len(states) == len(expected["random"][stage])
         for direction, (state, other) in enumerate(zip(states, expected["random"][stage], strict=True)):

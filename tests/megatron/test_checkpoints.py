@@ -16,10 +16,12 @@ from tests.processes import run_ranks
 from .checkpoints import load, save
 from .jobs import DISTRIBUTED, DROPOUT, Job
 from .oracle import assert_equals_oracle, oracle
+from .test_oracle import FEEDBACK, assert_ahead
 from .test_stock import FULL
-from .training import Trainer, assert_same
+from .training import Trainer, assert_same, assert_same_weights, copies
 
 HALF = 3
+AHEAD_PACI, AHEAD_AMDP = {"name": "paci", **FEEDBACK}, {"name": "amdp", **FEEDBACK}
 JOBS = {
     "1f1b": Job("1f1b", 3, 2, model=DROPOUT),
     "paci": Job("paci", 3, 2, model=DROPOUT),
@@ -31,7 +33,13 @@ JOBS = {
     "amdp": Job("amdp", 4, 4, model=DROPOUT),
     "amdp, tied, clipping": Job("amdp", 4, 4, clip=0.05, tied=True, model=DROPOUT),
     "amdp, bf16, distributed optimizer": Job("amdp", 4, 4, bf16=True, model=DROPOUT, **DISTRIBUTED),
+    "error feedback": Job(AHEAD_PACI, 3, 2, model=DROPOUT),
+    "error feedback, bf16": Job(AHEAD_PACI, 2, 2, bf16=True, model=DROPOUT),
+    "error feedback, distributed optimizer": Job(AHEAD_PACI, 2, 2, data=2, clip=0.05, model=DROPOUT, **DISTRIBUTED),
+    "error feedback, distributed, bf16": Job(AHEAD_PACI, 2, 2, data=2, bf16=True, model=DROPOUT, **DISTRIBUTED),
+    "error feedback, amdp": Job(AHEAD_AMDP, 4, 4, model=DROPOUT),
 }
+FEEDBACK_AS_TORCH = ["error feedback", "error feedback, bf16", "error feedback, amdp"]
 
 
 def save_and_go_on(rank: int, job: Job, directory: Path, kind: str) -> dict[str, Any]:
@@ -59,7 +67,10 @@ def load_and_go_on(rank: int, job: Job, directory: Path, kind: str, used: bool) 
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [("paci", "torch"), ("amdp", "torch"), ("paci, bf16", "torch"), *((case, "torch_dist") for case in JOBS)],
+    [
+        *((case, "torch") for case in ("paci", "amdp", "paci, bf16", *FEEDBACK_AS_TORCH)),
+        *((case, "torch_dist") for case in JOBS),
+    ],
 )
 def test_resumed_run_equals_the_one_that_went_on(case: str, kind: str, tmp_path: Path) -> None:
     job = JOBS[case]
@@ -121,3 +132,71 @@ def test_schedules_load_each_other(
     found = run_ranks(stages, change_hands, job, second, tmp_path, kind)
     kept, loaded = zip(*found, strict=True)
     assert_same(list(loaded), list(kept))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind", "more"),
+    [
+        (AHEAD_PACI, None, "torch", {}),
+        (AHEAD_PACI, None, "torch", {"bf16": True}),
+        (AHEAD_PACI, "paci", "torch_dist", DISTRIBUTED),
+        (AHEAD_AMDP, None, "torch_dist", {"bf16": True, **DISTRIBUTED}),
+        (None, AHEAD_PACI, "torch", {}),
+    ],
+    ids=str,
+)
+def test_checkpoints_hold_the_plain_iterate(
+    first: Any, second: Any, kind: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """What another schedule loads, or goes on with in the same process, is what the optimizer went on from."""
+    stages = 4 if first == AHEAD_AMDP else 2
+    job = Job(first, stages, 4, **more)
+    kept, loaded = zip(*run_ranks(stages, change_hands, job, second, tmp_path, kind), strict=True)
+    assert_same(list(loaded), list(kept))
+    if second is None:
+        for stage, weights in enumerate(run_ranks(stages, loaded_weights, job, tmp_path, kind)):
+            expected = oracle(job, HALF)
+            plain = [master.to(weight) for master, weight in zip(expected["plain"][stage], weights, strict=True)]
+            assert_same_weights(weights, plain, f"stage {stage}")
+            assert not any(map(torch.equal, weights, expected["weights"][stage][stage]))
+
+
+def loaded_weights(rank: int, job: Job, directory: Path, kind: str) -> list[torch.Tensor]:
+    """What stock loads."""
+    trainer = Trainer(rank, job.stock)
+    load(trainer, directory, kind)
+    return copies(trainer.bare)
+
+
+def with_evaluation(rank: int, job: Job, often: bool) -> tuple[dict[str, Any], list[Any]]:
+    """Train, with evaluations in between and at the end, or with none."""
+    trainer, evaluations = Trainer(rank, job), []
+    for _ in range(2):
+        trainer.train(HALF)
+        if often:
+            evaluations.append([trainer.evaluate(500), trainer.evaluate(500), copies(trainer.bare)])
+    return trainer.result(), evaluations
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        Job(AHEAD_PACI, 3, 2, model=DROPOUT),
+        Job(AHEAD_AMDP, 4, 4, bf16=True, model=DROPOUT),
+        Job(AHEAD_PACI, 2, 2, data=2, alike=True, model=DROPOUT, **DISTRIBUTED),
+    ],
+    ids=str,
+)
+def test_evaluations_see_the_plain_iterate_and_change_nothing(job: Job) -> None:
+    plainly, _ = zip(*run_ranks(job.world, with_evaluation, job, False), strict=True)
+    found, evaluations = zip(*run_ranks(job.world, with_evaluation, job, True), strict=True)
+    assert_same(list(found), list(plainly))
+    for number in range(2):
+        expected = oracle(job, (number + 1) * HALF)["plain"]
+        for result, values in zip(found, evaluations, strict=True):
+            first, again, weights = values[number]
+            assert first == again
+            plain = [master.to(weight) for master, weight in zip(expected[result["stage"]], weights, strict=True)]
+            assert_same_weights(weights, plain, f"evaluation {number}, stage {result['stage']}")
+    for result in found:
+        assert_ahead(result)

@@ -23,6 +23,7 @@ from amdp_plugin.runtime.timeline import RUN, WAIT
 from tests.processes import outcomes, run_ranks
 
 from .jobs import DISTRIBUTED, ROWS, SEQUENCE, Job
+from .test_oracle import FEEDBACK
 from .training import Trainer, assert_same, run
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +168,27 @@ def test_memory_is_stocks(tmp_path: Path) -> None:
     for what in ("weights", "gradients"):
         stock_sizes, amdp_sizes = ([getattr(memory, what) for memory in kept[name]] for name in (None, "amdp"))
         assert amdp_sizes == [each + guest for each, guest in zip(stock_sizes, reversed(stock_sizes), strict=True)]
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("more", [{}, {"data": 2, **DISTRIBUTED}], ids=["", "distributed optimizer"])
+def test_error_feedback_keeps_a_copy_where_there_are_no_masters(
+    more: dict[str, Any], bf16: bool, tmp_path: Path
+) -> None:
+    """Of what a rank's optimizer steps: with the distributed optimizer the replicas of a stage have a part each."""
+    kept, extra = [], {}
+    for schedule in ("paci", {"name": "paci", **FEEDBACK}):
+        job, directory = Job(schedule, bf16=bf16, **more), tmp_path / str(len(kept))
+        found = run_ranks(job.world, recorded, job, directory)
+        kept.append([record.memory for record in read_records(directory)])
+    for result, plain, ahead in zip(found, *kept, strict=True):
+        assert plain and ahead
+        assert (ahead.gradients, ahead.optimizer_state) == (plain.gradients, plain.optimizer_state)
+        extra.setdefault(result["stage"], []).append(ahead.weights - plain.weights)
+    for result in found:
+        stage = result["stage"]
+        assert sum(extra[stage]) == (0 if bf16 else sum(weight.nbytes for weight in result["weights"][stage]))
+        assert bf16 or min(extra[stage]) > 0
 
 
 def interleaved(rank: int) -> None:

@@ -109,6 +109,34 @@ def test_replicas_that_are_alike(name: str, stages: int, more: dict[str, Any]) -
     check(Job(name, stages, 4, data=2, alike=True, model=DROPOUT, **more))
 
 
+FEEDBACK = {"compensation": "error_feedback"}
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 2), (4, 2), (4, 6)])
+def test_error_feedback(stages: int, size: int) -> None:
+    job = Job({"name": "paci", **FEEDBACK, "strength": 0.7}, stages, size, model=DROPOUT)
+    for result in check(job):
+        assert_ahead(result)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("more", [{}, DISTRIBUTED], ids=["", "distributed optimizer"])
+@pytest.mark.parametrize(("name", "stages", "data"), [("paci", 3, 1), ("amdp", 4, 1), ("paci", 2, 2)])
+def test_error_feedback_with_masters_and_parts(
+    name: str, stages: int, data: int, more: dict[str, Any], bf16: bool
+) -> None:
+    """Masters in fp32 are the plain iterate; with the distributed optimizer each of two replicas keeps a part of it.
+    Guests get what their home computes with."""
+    job = Job({"name": name, **FEEDBACK}, stages, 4, data=data, alike=True, bf16=bf16, model=DROPOUT, **more)
+    for result in check(job):
+        assert_ahead(result)
+
+
+def assert_ahead(result: dict[str, Any]) -> None:
+    """A stage computes with other weights than its optimizer goes on from."""
+    assert not any(map(torch.equal, result["weights"][result["stage"]], result["plain"]))
+
+
 LIMIT = 0.05
 
 

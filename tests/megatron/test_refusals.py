@@ -30,6 +30,11 @@ HERE = {
 """Refused options that one of Megatron's own configurations has; the others are Megatron-LM's arguments."""
 
 
+COMPENSATED = {"name": "paci", "compensation": "error_feedback"}
+WITH_FEEDBACK = {name for refused in OPTIONS if refused.compensated for name in refused.names}
+"""Refused by error feedback alone."""
+
+
 def used(name: str) -> Any:
     """A value with which the option is used."""
     return {"cuda_graph_impl": "local", "fp8": "hybrid", "fp4": "nvfp4"}.get(name, 2)
@@ -61,7 +66,9 @@ def attempt_all_options(rank: int, job: Job) -> dict[str, str]:
     for place, name in HERE:
         before = getattr(places[place], name)
         setattr(places[place], name, used(name))
-        messages[f"{place} {name}"] = attempt(trainer, "paci")
+        messages[f"{place} {name}"] = attempt(trainer, COMPENSATED if name in WITH_FEEDBACK else "paci")
+        if name in WITH_FEEDBACK:
+            forward_backward_func("paci").attach([trainer.chunk], trainer.optimizer, None, num_microbatches=4)
         setattr(places[place], name, before)
     trainer.attach("paci")
     trainer.train(1)
@@ -99,6 +106,7 @@ def attempt_the_rest(rank: int, job: Job) -> dict[str, str]:
         "tied, independent": attempt(tied, {"name": "amdp", "updates": "independent"}),
         "parked": attempt(trainer, {"name": "amdp", "updates": "parked"}),
         "costs": attempt(trainer, {"name": "paci", "stage_costs": [1.0, 1.0]}),
+        "compensation of nothing": attempt(trainer, {"name": "1f1b", "compensation": "error_feedback"}),
         "loss scale": attempt_with_fp16(trainer),
     }
     hook = forward_backward_func("paci")
@@ -132,6 +140,7 @@ MESSAGES = {
     "tied, independent": ["tied embeddings", "amdp with updates together"],
     "parked": ['"together"'],
     "costs": ["stage costs need one entry for each of 4 stages, got 2"],
+    "compensation of nothing": ["1f1b: compensation 'error_feedback' means nothing", "(staleness 0)"],
     "loss scale": ["--fp16", "its loss scale is a decision of all stages", "--bf16"],
     "not attached": ["attach(model, optimizer) comes before the first call"],
     "other model": ["another model than the one that attach() was given"],

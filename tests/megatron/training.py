@@ -36,6 +36,10 @@ def initialize(job: Job) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
+Beside = tuple[list[Any], list[Tensor] | None]
+"""What a rank's checkpoint holds beside model and optimizer: its random states, and what its stage computes with."""
+
+
 class Trainer:
     """A training loop of one's own on megatron-core, on one rank, with nothing in it that knows of schedules but
     ``attach``."""
@@ -86,12 +90,16 @@ class Trainer:
         """Of every direction on this rank."""
         return self.hook.random_states() if self.is_scheduled else [GENERATORS.get()]
 
-    def go_on_from(self, random_states: list[Any]) -> None:
+    def beside(self) -> Beside:
+        """Of this rank, with nothing in flight."""
+        return self.random_states(), self.hook.ahead() if self.is_scheduled else None
+
+    def go_on_from(self, random_states: list[Any], ahead: list[Tensor] | None) -> None:
         """A checkpoint of ``iteration`` has been loaded: losses and norms are those from there."""
         self.losses, self.norms = [], []
         self.read_from(self.iteration * self.job.micro_batches)
         if self.is_scheduled:
-            self.hook.restart(self.iteration, random_states)
+            self.hook.restart(self.iteration, random_states, ahead)
         else:
             GENERATORS.put(random_states[0])
 
@@ -136,9 +144,13 @@ class Trainer:
         hook = self.hook if self.is_scheduled else None
         if hook is not None:
             hook.quiesce()
+        plain = copies(self.bare)
+        if hook is not None:
+            hook.pipeline.feedback.put_ahead()
         return {
             "stage": self.stage,
             "replica": parallel_state.get_data_parallel_rank(),
+            "plain": plain,
             "weights": {self.stage: copies(self.bare)},
             "guests": {stage: copies(guest) for stage, guest in (hook.guests if hook else {}).items()},
             "shards": [getattr(each, "partition_dim", -1) for each in self.bare.parameters()],

@@ -172,6 +172,17 @@ def test_weights_of_another_stage_are_refused() -> None:
         Host(False).feedback.restart([torch.ones(2)])
 
 
+class Unhooked:
+    """Steps, and says nothing of it."""
+
+
+def test_an_optimizer_that_no_hook_can_be_put_around_is_refused() -> None:
+    feedback = ErrorFeedback((), [Unhooked()])  # type: ignore[list-item]
+    feedback.begin(None)
+    with pytest.raises(ValueError, match="cannot be used with the optimizer Unhooked, before and after whose step"):
+        feedback.begin(1.0)
+
+
 @pytest.mark.parametrize("make", [lambda: Host(False, None), lambda: Host(True, None)])
 def test_without_error_feedback_nothing_happens(make: Callable[[], Host]) -> None:
     host = make()
