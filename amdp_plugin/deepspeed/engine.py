@@ -197,9 +197,9 @@ class ScheduledPipelineEngine(PipelineEngine):
         replicas = self.pipeline.replicas.values()
         return (flat for replica in replicas if isinstance(replica, Guest) for flat in replica.gradients)
 
-    def plain_weights(self) -> Iterable[torch.Tensor]:
-        """The plain iterate, where error feedback keeps it beside the weights."""
-        return self.pipeline.feedback.kept()
+    def other_weights(self) -> Iterable[torch.Tensor]:
+        """Versions that the schedule uses, and the plain iterate, where they are kept beside the weights."""
+        return self.pipeline.other_weights()
 
     # What DeepSpeed calls
 

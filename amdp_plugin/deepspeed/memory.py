@@ -32,7 +32,7 @@ def measure(engine: Any) -> Memory:
         weights=[
             parameters,
             (buffer for module in modules for buffer in module.buffers()),
-            getattr(engine, "plain_weights", tuple)(),
+            getattr(engine, "other_weights", tuple)(),
         ],
         gradients=_gradients(engine, [*parameters, *stepped]),
         exchange=getattr(engine, "exchange_buffers", tuple)(),

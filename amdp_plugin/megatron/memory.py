@@ -50,7 +50,7 @@ def measure(chunk: Any, optimizer: Any, hook: ScheduledForwardBackward | None) -
             parameters,
             [module.buffers() for module in modules],
             [buffer.param_data for buffer in flat],
-            hook.pipeline.feedback.kept() if hook else (),
+            hook.pipeline.other_weights() if hook else (),
         ],
         gradients=[
             [buffer.grad_data for buffer in flat],

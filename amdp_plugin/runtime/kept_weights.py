@@ -72,14 +72,11 @@ class KeptWeights:
             kept[latest] = [parameter.detach().clone() for parameter in self._parameters(stage)]
             self.most[stage] = max(self.most.get(stage, 0), len(kept))
 
-    def bytes_kept(self) -> int:
-        """What all versions take now."""
-        return sum(
-            value.numel() * value.element_size()
-            for versions in self._kept.values()
-            for values in versions.values()
-            for value in values
-        )
+    def tensors(self) -> Iterator[Tensor]:
+        """What lies in memory now."""
+        for versions in self._kept.values():
+            for values in versions.values():
+                yield from values
 
     def _keeps(self, stage: int) -> bool:
         return self._schedule.weight_versions[stage] > 1

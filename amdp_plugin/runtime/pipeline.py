@@ -217,6 +217,10 @@ class Pipeline:
         if self.exchange is not None:
             self.exchange.copy_home(self._replicated)
 
+    def other_weights(self) -> list[Tensor]:
+        """What is kept of the weights on this rank beside those that stages compute with and optimizers step."""
+        return [*self.feedback.kept(), *self.executor.kept.tensors()]
+
     def exchange_buffers(self) -> Iterable[Tensor]:
         """The memory that replicas exchange gradients and weights through on this rank."""
         return () if self.exchange is None else self.exchange.buffers()
