@@ -77,12 +77,16 @@ PARTS = (
     ),
     Part("synchronizations", "hosts wait for their devices at most once a window more than stock", 300,
          ("tests/gpu/test_synchronizations.py",)),
+    Part("memory", "activations in flight are those of the plan", 120, ("tests/gpu/test_memory.py",), gpus=4),
+    Part("throughput", "stock, paci and amdp with a GPT that fills the GPUs", 540, ("tests/gpu/test_throughput.py",)),
     Part("jobs", "both hosts' scripts under torchrun: 1f1b prints what stock prints, others learn", 600,
          ("tests/gpu/test_jobs.py",), gpus=4),
     Part(
         "deepspeed-stock", "1f1b is stock DeepSpeed: bf16, ZeRO-1, recomputation", 300,
         selected("stock and not replicas", "tests/deepspeed/test_stock.py"),
     ),
+    Part("deepspeed-fp16", "one loss scale for all stages", 180,
+         selected("fp16 or skip", "tests/deepspeed/test_meeting.py"), gpus=4),
     Part("deepspeed-oracle", "paci and amdp are the oracle", 300, selected(SMALL, "tests/deepspeed/test_oracle.py"),
          gpus=4),
     Part(
@@ -96,6 +100,11 @@ PARTS = (
     Part(
         "megatron-oracle", "paci and amdp are the oracle (without dropout)", 240,
         selected("test_paci or test_amdp", "tests/megatron/test_oracle.py"), gpus=4,
+    ),
+    Part(
+        "megatron-resume", "resumed and evaluated runs go on as if nothing had been; one loss scale", 240,
+        selected("(resumed and torch and not dist and not parallel) or evaluations or skip",
+                 "tests/megatron/test_checkpoints.py", "tests/megatron/test_loss_scale.py"), gpus=4,
     ),
 )  # fmt: skip
 
