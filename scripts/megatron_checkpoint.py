@@ -10,34 +10,36 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron_model import Trained
+from torch import Tensor
 
 LATEST = "latest"
 METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 """How the distributed optimizer lays out its state: as it is in memory, so that a load changes no bit."""
 
 
-def save(directory: Path, step: int, trained: Trained, random_states: list[Any]) -> None:
-    """Write the checkpoint of ``step``, the latest in ``directory`` from then on. All ranks must call it.
+Beside = tuple[list[Any], list[Tensor] | None]
+"""What a rank needs beside model and optimizer: what its streams of random numbers would draw next, and what its stage
+computes with under error feedback."""
 
-    Args:
-        random_states: what this rank's streams of random numbers would draw next.
-    """
+
+def save(directory: Path, step: int, trained: Trained, beside: Beside) -> None:
+    """Write the checkpoint of ``step``, the latest in ``directory`` from then on. All ranks must call it."""
     folder = directory / f"step_{step:07d}"
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(state_of(trained, step, random_states), str(folder))
+    dist_checkpointing.save(state_of(trained, step, beside), str(folder))
     dist.barrier()
     if dist.get_rank() == 0:
         (directory / LATEST).write_text(folder.name)
 
 
-def load(directory: Path, trained: Trained) -> tuple[int, list[Any]]:
+def load(directory: Path, trained: Trained) -> tuple[int, Beside]:
     """Take over the latest checkpoint in ``directory``, which must be of as many ranks of each kind.
 
     Returns:
-        The steps that it had made, and its random states.
+        The steps that it had made, and what it holds beside.
     """
     latest = directory / LATEST
     if not latest.is_file():
@@ -50,7 +52,7 @@ def load(directory: Path, trained: Trained) -> tuple[int, list[Any]]:
         trained.optimizer.load_state_dict(found["optimizer"])
     separate_step_counts(trained.optimizer)
     trained.scheduler.load_state_dict(found["scheduler"])
-    return found["step"], found["random_states"]
+    return found["step"], found["beside"]
 
 
 def separate_step_counts(optimizer: MegatronOptimizer) -> None:
@@ -68,16 +70,16 @@ def separate_step_counts(optimizer: MegatronOptimizer) -> None:
                     state["step"] = torch.tensor(float(group["step"]))
 
 
-def state_of(trained: Trained, step: int | None = None, random_states: list[Any] | None = None) -> dict[str, Any]:
-    """Everything in a checkpoint; without ``random_states`` where what is there is to be loaded."""
+def state_of(trained: Trained, step: int | None = None, beside: Beside | None = None) -> dict[str, Any]:
+    """Everything in a checkpoint; without ``beside`` where what is there is to be loaded."""
     model = trained.model.module.sharded_state_dict(metadata=METADATA)
-    loading = random_states is None
+    loading = beside is None
     return {
         "model": model,
         "optimizer": trained.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA),
         "scheduler": trained.scheduler.state_dict(),
         "step": step,
-        "random_states": ShardedObject("random_states", random_states, *ranks_of_each_kind()),
+        "beside": ShardedObject("beside", beside, *ranks_of_each_kind()),
     }
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron_checkpoint import load, save
+from megatron_checkpoint import Beside, load, save
 from megatron_data import build_datasets, cache_folder, training_micro_batches, validation_micro_batches
 from megatron_model import RECOMPUTE, forward_step, make_config, make_trained, provide_stage
 from seeds import derive_seed
@@ -113,14 +113,16 @@ def train(arguments: argparse.Namespace) -> None:
     provider = partial(provide_stage, arguments, config)
     trained = make_trained(arguments, config, device)
     datasets = build_datasets(arguments.data, arguments.data_cache, arguments.sequence_length, arguments.seed)
-    step, random_states = load(arguments.checkpoint_dir, trained) if arguments.resume else (0, [GENERATORS.get()])
+    fresh: tuple[int, Beside] = (0, ([GENERATORS.get()], None))
+    step, (random_states, ahead) = load(arguments.checkpoint_dir, trained) if arguments.resume else fresh
     GENERATORS.put(random_states[0])
 
     settings, scheduled = read_flags(arguments), None
     forward_backward = get_forward_backward_func()
     if settings is not None:
         forward_backward = scheduled = forward_backward_func(settings)
-        scheduled.attach([trained.model], trained.optimizer, provider, step, random_states, arguments.micro_batches)
+        size = arguments.micro_batches
+        scheduled.attach([trained.model], trained.optimizer, provider, step, random_states, size, ahead)
 
     size, micro_batches = arguments.micro_batch_size, arguments.micro_batches
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -158,10 +160,11 @@ def train(arguments: argparse.Namespace) -> None:
             report.validation(step, run(iter(validation), len(validation), forward_only=True))
             trained.model.train()
         if is_due(step, arguments.save_every, arguments.steps):
+            beside: Beside = ([GENERATORS.get()], None)
             if scheduled is not None:
                 scheduled.quiesce()
-            states = [GENERATORS.get()] if scheduled is None else scheduled.random_states()
-            save(arguments.checkpoint_dir, step, trained, states)
+                beside = scheduled.random_states(), scheduled.ahead()
+            save(arguments.checkpoint_dir, step, trained, beside)
     report.summary(step)
 
 

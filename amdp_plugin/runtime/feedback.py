@@ -127,7 +127,7 @@ class ErrorFeedback:
         for tensor in _stepped(optimizer):
             if tensor in self._plain:
                 tensor.copy_(self._plain[tensor])
-            elif tensor.grad is not None:
+            else:
                 self._plain[tensor] = tensor.detach().clone()
 
     @torch.no_grad()

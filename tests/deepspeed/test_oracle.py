@@ -235,6 +235,24 @@ def test_error_feedback_on_replicas_that_are_alike(masters: str | None) -> None:
     check_masters(job, masters)
 
 
+MUON = {"optimizer": {"type": "Muon", "params": {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}}}
+
+
+@pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 1}}], ids=["", "ZeRO-1"])
+def test_error_feedback_and_muon(config: dict[str, Any]) -> None:
+    """Around whatever the optimizer does, for weights of all shapes: after one update, which is that without."""
+    job = Job("paci", 2, 4, optimizer=None, config={**MUON, **config}, windows=1)
+    with torch._dynamo.config.patch(disable=True):  # DeepSpeed compiles Muon, which takes a minute
+        without, before = run(job), run(replace(job, windows=0))
+        found = run(replace(job, schedule={"name": "paci", **FEEDBACK}))
+    for stage, result in enumerate(found):
+        values = zip(result["plain"], before[stage]["plain"], strict=True)
+        ahead = [plain + 0.25 * (plain - first) for plain, first in values]
+        assert all(map(torch.equal, result["plain"], without[stage]["plain"]))
+        assert all(map(torch.equal, result["weights"][stage].values(), ahead))
+        assert_ahead(result)
+
+
 def check_masters(job: Job, masters: str | None) -> None:
     job = replace(job, **MASTERS.get(masters or "", {}))
     for result in check(job, master_dtype=torch.float32 if masters == "bf16" else None):

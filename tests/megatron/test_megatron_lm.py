@@ -125,6 +125,26 @@ def test_a_resumed_job_goes_on_as_if_it_had_not_ended(
     assert [resumed[number] for number in later] == [went_on[number] for number in later]
 
 
+@pytest.mark.parametrize(("more", "form"), [((), "torch"), (("--bf16",), "torch_dist")])
+def test_error_feedback(folder: Path, more: Sequence[str], form: str, tmp_path: Path) -> None:
+    """A resumed job goes on as if it had not ended; stock loads, and evaluates, what it evaluated."""
+    options, quiet = tmp_path / "options.json", ("--attention-dropout", "0", "--hidden-dropout", "0")
+    options.write_text('{"compensation": "error_feedback"}')
+    common = (*more, *quiet, "--ckpt-format", form)
+    ahead = ("--pipeline-schedule-options", str(options))
+    output = run(folder, "PP2 DP2", "paci", *common, *ahead, "--save", str(tmp_path / "whole"))
+    went_on = losses(output)
+    assert "error feedback, x = z + 0.25 (z - z_before)" in output
+    assert went_on != losses(run(folder, "PP2 DP2", "paci", *common))
+    shutil.copytree(tmp_path / "whole" / "iter_0000010", tmp_path / "half" / "iter_0000010")
+    (tmp_path / "half" / "latest_checkpointed_iteration.txt").write_text("10")
+    resumed = losses(run(folder, "PP2 DP2", "paci", *common, *ahead, "--load", str(tmp_path / "half")))
+    later = [11, *range(13, ITERATIONS + 1)]
+    assert [resumed[number] for number in later] == [went_on[number] for number in later]
+    loaded = run(folder, "PP2 DP2", "stock", *common, "--load", str(tmp_path / "whole"))
+    assert evaluations(loaded)[-2:] == evaluations(output)[-2:]
+
+
 def test_checkpoints_pass_between_stock_and_paci(folder: Path, tmp_path: Path) -> None:
     """One evaluation before any further iteration tells that the weights are those that were saved."""
     quiet = ("--attention-dropout", "0", "--hidden-dropout", "0")

@@ -41,6 +41,8 @@ def text(tmp_path: Path) -> Path:
 
 # The job
 
+FEEDBACK = "feedback.json"
+
 
 def train(folder: Path, text: Path, *arguments: str) -> tuple[list[tuple[int, str, float]], str]:
     """Train on two processes; returns what was told of each step (its number, which loss, nats), and all the output."""
@@ -59,12 +61,15 @@ def train(folder: Path, text: Path, *arguments: str) -> tuple[list[tuple[int, st
     [
         ([], ""),
         (["--pipeline-schedule", "paci", "--bf16", "--distributed-optimizer"], "paci: 2 stages on 2 ranks"),
+        (["--pipeline-schedule", "paci", "--pipeline-schedule-options", FEEDBACK], "error feedback, x = z + 0."),
     ],
-    ids=["stock", "paci"],
+    ids=["stock", "paci", "error feedback"],
 )
 def test_a_job_learns_and_its_checkpoint_goes_on_as_it_did(
     tmp_path: Path, text: Path, options: list[str], announced: str
 ) -> None:
+    (tmp_path / FEEDBACK).write_text('{"compensation": "error_feedback"}')
+    options = [str(tmp_path / option) if option == FEEDBACK else option for option in options]
     through, printed = train(tmp_path, text, *options, "--save-every", "2")
     assert announced in printed and ("deadlock-free" in printed) == bool(announced)
     assert [told[:2] for told in through] == [*((step, "loss") for step in range(1, 5)), (4, "validation loss")]
