@@ -51,8 +51,9 @@ class ScheduleSettings(CommonOptions):
         if meet and updates is not None and chosen.get("updates", updates.default) == "auto":
             chosen["updates"] = "together"
         return schedules.make(
-            self.name, num_stages, micro_batches, compensation=self.compensation, strength=self.strength, **chosen
-        )
+            self.name, num_stages, micro_batches, compensation=self.compensation, strength=self.strength,
+            flush_first=self.flush_first, **chosen,
+        )  # fmt: skip
 
 
 def read_schedule(section: Any, where: str) -> ScheduleSettings:

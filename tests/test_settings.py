@@ -17,7 +17,7 @@ WHERE = "--pipeline-schedule"
 
 def test_a_name_alone_takes_every_default() -> None:
     settings = read_schedule("paci", WHERE)
-    assert settings == ScheduleSettings("paci", 600.0, 2.0, 0.0, None, "none", 1.0, {})
+    assert settings == ScheduleSettings("paci", 600.0, 2.0, 0.0, None, "none", 1.0, 0, {})
     assert settings.make(4, 8) == make("paci", 4, 8)
     assert settings.costs(4) == CostModel.uniform(4)
 

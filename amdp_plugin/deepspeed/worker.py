@@ -128,7 +128,8 @@ class EngineWorker(StagesWorker):
         return inputs
 
     def update(self, action: Action) -> None:
-        with live_update(self._engine.module.parameters()), self._engine.pipeline.feedback.stepping():
+        feedback = self._engine.pipeline.feedback
+        with live_update(self._engine.module.parameters()), feedback.stepping(self.runs_freely(action)):
             self._engine._exec_reduce_tied_grads()
             self._engine._exec_reduce_grads()
             self._engine._exec_optimizer_step()

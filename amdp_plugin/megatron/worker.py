@@ -149,7 +149,7 @@ class ChunksWorker(StagesWorker):
     def update(self, action: Action) -> None:
         home = self._chunks[self._home]
         reduction = partial(reduce_gradients, self._config, home, bool(self.replicas), **self._call().reduction)
-        with live_update(home.parameters()), self._feedback.stepping():
+        with live_update(home.parameters()), self._feedback.stepping(self.runs_freely(action)):
             self._steps.run(reduction)
 
     def _synchronization(self, action: Action) -> Any:

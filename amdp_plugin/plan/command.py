@@ -47,6 +47,7 @@ def plan(
         str, typer.Option(help="What is done about gradients that are late: none or error_feedback.")
     ] = "none",
     strength: Annotated[float, typer.Option(help="Of error feedback, in units of the plan's own figure.")] = 1.0,
+    flush_first: Annotated[int, typer.Option(help="Windows at the start of a job that end with a flush.")] = 0,
     option: Annotated[list[str] | None, typer.Option(help="An option of the schedule, as key=value.")] = None,
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.text,
     out: Annotated[Path | None, typer.Option(help="File to write to, instead of standard output.")] = None,
@@ -59,7 +60,7 @@ def plan(
     if not 0 <= link_cost < inf:
         raise ValueError(f"--link-cost is at least 0, got {link_cost}")
     chosen = schedules.make(
-        schedule, stages, micro_batches, compensation=compensation, strength=strength,
+        schedule, stages, micro_batches, compensation=compensation, strength=strength, flush_first=flush_first,
         **_read_options(schedule, option or ()),
     )  # fmt: skip
     costs = CostModel.relative(

@@ -39,6 +39,8 @@ class Report:
         max_staleness: updates between a forward and the update its gradient goes into, at most.
         mean_staleness_by_stage: the same in the mean over the micro-batches of a window.
         compensation: what is done about it.
+        flush_first: windows at the start of a job that end with a flush all the same.
+        opening_forwards_per_window: time of one of these, as ``forwards_per_window``; ``None`` without them.
         coefficient: what error feedback multiplies a stage's last update with; see :mod:`.staleness`.
         version_gap_by_stage: (version at backward) - (version at forward), the largest of each stage.
         mismatched_by_stage: micro-batches with a gap above 0, in the window that has most of them.
@@ -71,6 +73,8 @@ class Report:
     max_staleness: int
     mean_staleness_by_stage: tuple[float, ...]
     compensation: str
+    flush_first: int
+    opening_forwards_per_window: float | None
     coefficient: float | None
     version_gap_by_stage: tuple[int, ...]
     mismatched_by_stage: tuple[int, ...]
@@ -96,6 +100,7 @@ class Report:
             "",
             *_item("utilization", f"{self.utilization:.3f} in the steady state (bubble {self.bubble:.3f})", width),
             *_item("window", f"takes {self.forwards_per_window:.6g} stage forwards", width),
+            *self._opening(width),
             *_item("largest gap", f"{_count(self.max_version_gap, 'update')} between a forward and its backward "
                    f"({self.max_version_gap_stated} stated); staleness {self.max_staleness}", width),
             *_item("deadlock-free", self._proof(), width),
@@ -110,6 +115,12 @@ class Report:
             RECOMPUTATION,
         ]
         return "\n".join(lines)
+
+    def _opening(self, width: int) -> list[str]:
+        if self.opening_forwards_per_window is None:
+            return []
+        took = f"end with a flush and take {self.opening_forwards_per_window:.6g} stage forwards each"
+        return list(_item("opening", f"the first {_count(self.flush_first, 'window')} of a job {took}", width))
 
     def _compensated(self) -> str:
         stale = f"the largest mean staleness of a stage is r = {max(self.mean_staleness_by_stage):.6g}"
@@ -137,7 +148,7 @@ def report(planner: Planner, windows: int) -> Report:
         ProgramError: when the schedule breaks a law. Only ranks that wait for each other (law 3) are reported
             instead, by ``deadlock_free``.
     """
-    schedule = planner.schedule
+    schedule, opening = planner.schedule, planner.schedule.opening()
     settled = planner.settled_windows()
     first, last = settled.start, settled.stop
     program = planner.program(last)
@@ -164,6 +175,8 @@ def report(planner: Planner, windows: int) -> Report:
         max_staleness=max(version.staleness for version in found.values()),
         mean_staleness_by_stage=staleness,
         compensation=schedule.compensation,
+        flush_first=schedule.flush_first,
+        opening_forwards_per_window=report(Planner(opening, planner.costs), 1).forwards_per_window if opening else None,
         coefficient=coefficient(schedule, staleness),
         version_gap_by_stage=gaps,
         mismatched_by_stage=_mismatched_by_stage(schedule, found, settled),

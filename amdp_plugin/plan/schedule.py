@@ -20,7 +20,7 @@ checks, times or runs actions asks them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -65,6 +65,7 @@ class Schedule:
         micro_batches: micro-batches of a window, over all directions; one window is one optimizer step.
         flush_every: a stage forwards no micro-batch of window ``flush_every``, ``2 * flush_every``, ... before its
             update of the window before. 1: a flush at every window, the schedule is synchronous. 0: never.
+        flush_first: windows at the start of a job that end with a flush all the same: see :meth:`opening`.
         in_flight: for every stage, how many micro-batches of one direction may be forwarded and not yet
             backwarded.
         max_gap: for every stage, the largest (version at backward) - (version at forward) it may show.
@@ -104,6 +105,7 @@ class Schedule:
     flush_every: int
     in_flight: tuple[int, ...]
     max_gap: tuple[int, ...]
+    flush_first: int = 0
     weights: str = "latest"
     weight_versions: tuple[int, ...] = ()
     compensation: str = "none"
@@ -130,6 +132,11 @@ class Schedule:
             )
         if self.flush_every < 0:
             raise ValueError(f"{self.name}: flush_every counts windows, 0 for never; got {self.flush_every}")
+        if self.flush_first < 0 or (self.flush and self.flush_first):
+            raise ValueError(
+                f"{self.name}: flush_first counts windows of a schedule that does not flush at every window anyway, "
+                f"at least 0; got {self.flush_first}"
+            )
         if len(self.in_flight) != stages or len(self.max_gap) != stages:
             raise ValueError(f"{self.name}: in_flight and max_gap need one entry for each of {stages} stages")
         if min(self.in_flight) < 1:
@@ -202,6 +209,17 @@ class Schedule:
     def updates_meet(self) -> bool:
         """Whether all stages update at one point, where they can decide together: on a norm or a loss scale."""
         return self.flush or self.together
+
+    def opening(self) -> Schedule | None:
+        """What is run in the first :attr:`flush_first` windows of a job: the same with a flush at every window, so that
+        no gradient is late while weights change fastest (arXiv 1910.05124, section 3.3). The window after them begins
+        with an empty pipeline. ``None`` where there are no such windows."""
+        if not self.flush_first:
+            return None
+        return replace(
+            self, flush_every=1, flush_first=0, max_gap=(0,) * self.num_stages, weights="latest", weight_versions=(),
+            compensation="none", update_delay=0, alternatives=(), smaller=None,
+        )  # fmt: skip
 
     def updates_before(self, window: int) -> int:
         """Updates that a stage must have had before it forwards for ``window``: those up to the latest flush, and

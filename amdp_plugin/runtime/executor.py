@@ -77,6 +77,7 @@ class Executor:
         channels: messages; ``None`` in a pipeline of one rank.
         watch: what is being done and waited for.
         exchange: gradients and weights of stages that several ranks hold; ``None`` where there are none.
+        opening: the program of :meth:`.Schedule.opening`, where the schedule has one.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class Executor:
         channels: Channels | None,
         watch: Watch,
         exchange: Exchange | None = None,
+        opening: Planner | None = None,
     ) -> None:
         self.planner, self.schedule, self.rank = planner, planner.schedule, rank
+        self._opening = opening
         self._worker, self._channels, self._watch, self._exchange = worker, channels, watch, exchange
         self._last_stage = self.schedule.num_stages - 1
         self.versions = dict.fromkeys(self.schedule.placement.stages[rank], 0)
@@ -107,7 +110,8 @@ class Executor:
 
     def restart(self, window: int) -> None:
         """Let the program begin anew, with an empty pipeline, at ``window``; nothing may be in flight."""
-        self.window = self._base = window
+        self.window = window
+        self._begin_program()
         self.versions = dict.fromkeys(self.versions, window)
         self.kept.clear()
         self._in_flight: dict[Action, int] = {}
@@ -117,6 +121,11 @@ class Executor:
         self._read: dict[tuple[int, int], bool] = {}
         self._headers: list[tuple[int, int]] = []
         self._postings: Postings = {}
+
+    def _begin_program(self) -> None:
+        """Nothing is in flight: from this window on, one of the two programs is run from its start."""
+        opens = self._opening is not None and self.window < self.schedule.flush_first
+        self._running, self._base = self._opening if opens and self._opening else self.planner, self.window
 
     def run_window(self) -> None:
         """Execute one window. Raises ``StopIteration``, with nothing lost, when there is no data for it."""
@@ -165,6 +174,8 @@ class Executor:
     def close_window(self) -> None:
         """All actions of the window that :meth:`open_window` began are done."""
         self.window += 1
+        if self._running is self._opening and self.window == self.schedule.flush_first:
+            self._begin_program()
         self._watch.in_first_window = False
         for messages in (self._channels, self._exchange):
             if messages is not None:
@@ -192,12 +203,12 @@ class Executor:
         self.restart(self.window)
 
     def _row(self, rank: int) -> list[Action]:
-        row = self.planner.row(self.window - self._base, rank)
+        row = self._running.row(self.window - self._base, rank)
         return [action.shifted(self._base, self.schedule.micro_batches) for action in row]
 
     def _look_up_postings(self) -> None:
         """Look up when this rank begins to receive what the others send to it in this window."""
-        begun = self.planner.postings(self.window - self._base, self.rank)
+        begun = self._running.postings(self.window - self._base, self.rank)
         self._postings = shifted(begun, self._base, self.schedule.micro_batches)
         actions = [message.action for messages in self._postings.values() for message in messages]
         headers = [self._window_and_direction(action) for action in actions if self._opens_window(action)]
@@ -290,7 +301,7 @@ class Executor:
         self._settle(stage)
         self._take_snapshot(action, window, direction)
         latest, base = self.versions[stage], self._base
-        version = base + self.schedule.forward_version(window - base, latest - base)
+        version = base + self._running.schedule.forward_version(window - base, latest - base)
         with self._computing(action), self.kept.using(stage, version, latest):
             outputs = self._worker.forward(action, inputs)
         self._in_flight[action] = version
@@ -303,7 +314,7 @@ class Executor:
         gradients = self._receive(stage + 1, action) if stage < self._last_stage else None
         self._settle(stage)
         forward = self._in_flight[Action(stage, FORWARD, micro_batch)]
-        version = self.schedule.backward_version(forward, self.versions[stage])
+        version = self._running.schedule.backward_version(forward, self.versions[stage])
         with self._computing(action), self.kept.using(stage, version, self.versions[stage]):
             input_gradients = self._worker.backward(action, gradients)
         del self._in_flight[Action(stage, FORWARD, micro_batch)]

@@ -59,9 +59,14 @@ class ErrorFeedback:
         self.coefficient = coefficient
 
     @contextmanager
-    def stepping(self) -> Iterator[None]:
-        """Within it the host makes a step, in place: from ``z``, and what it copies into weights is ``x``."""
-        if self.coefficient is None:
+    def stepping(self, late: bool = True) -> Iterator[None]:
+        """Within it the host makes a step, in place: from ``z``, and what it copies into weights is ``x``.
+
+        Args:
+            late: whether gradients are; before a pipeline runs freely, ``x`` is ``z``.
+        """
+        if self.coefficient is None or not late:
+            self._plain.clear()  # a checkpoint's, which is what the weights are
             yield
             return
         with ExitStack() as hooks:

@@ -101,7 +101,7 @@ class Pipeline:
     ) -> None:
         self.site = site
         self._costs = costs
-        self._planner = self._plan(schedule)
+        self._planner, self._opening = self._plan(schedule)
         placement = self._planner.schedule.placement
         self.feed = Feed(pull, wanted or partial(placement.is_end, site.rank))
         self.random_streams = RandomStreams(placement.directions, generators)
@@ -159,12 +159,14 @@ class Pipeline:
             self.channels = Channels(
                 transport, self.watch, keep_sent(schedule), site.dynamic_shapes, site.shapes_hint
             )
-        self.executor = Executor(self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange)
+        self.executor = Executor(
+            self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange, self._opening
+        )
         self.executor.restart(window)
 
     def replan(self, schedule: Schedule) -> None:
         """Take ``schedule``, with windows of another size, for the next :meth:`start`; nothing may be in flight."""
-        self._planner = self._plan(schedule)
+        self._planner, self._opening = self._plan(schedule)
 
     def open_window(self) -> list[Action]:
         """This rank's actions of the next window; see :meth:`.Executor.open_window`.
@@ -225,10 +227,15 @@ class Pipeline:
         """The memory that replicas exchange gradients and weights through on this rank."""
         return () if self.exchange is None else self.exchange.buffers()
 
-    def _plan(self, schedule: Schedule) -> Planner:
-        """The program, on which all ranks agree, before anything is made for it."""
+    def _plan(self, schedule: Schedule) -> tuple[Planner, Planner | None]:
+        """The program, and that of the first windows where it is another, on which all ranks agree, before anything is
+        made for them."""
         check_runnable(schedule)
-        return plan_together(schedule, self._costs, self.site.group, self.site.device)
+        found = plan_together(schedule, self._costs, self.site.group, self.site.device)
+        opening = found.schedule.opening()
+        if opening is None:
+            return found, None
+        return found, plan_together(opening, self._costs, self.site.group, self.site.device)
 
     def _make_transport(self, pairs: Iterable[tuple[int, int]]) -> Transport:
         site = self.site

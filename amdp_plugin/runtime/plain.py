@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -86,9 +87,12 @@ class PlainWorker(StagesWorker):
 
     def update(self, action: Action) -> None:
         optimizer = self._optimizers[action.stage]
-        with live_update(self.modules[action.stage].parameters()), self.feedback[action.stage].stepping():
+        with live_update(self.modules[action.stage].parameters()), self._stepping(action):
             optimizer.step()
         optimizer.zero_grad()
+
+    def _stepping(self, action: Action) -> AbstractContextManager[None]:
+        return self.feedback[action.stage].stepping(self.runs_freely(action))
 
     def end_of_backwards(self, window: int, direction: int) -> None:
         numbers = self.schedule.micro_batches_of(window, direction)

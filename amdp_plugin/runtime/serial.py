@@ -137,13 +137,21 @@ class SerialPipeline:
         Raises:
             ProgramError: before anything is trained, when the program of the schedule breaks a law.
         """
-        planner = Planner(self.schedule, self._costs)
+        planner, first = Planner(self.schedule, self._costs), self.versions[0]
+        opening = planner.schedule.opening()
+        self._losses.clear()
+        flushed = min(windows, max(0, self.schedule.flush_first - first))
+        losses = self._play(Planner(opening, self._costs), data, flushed) if opening and flushed else []
+        return [*losses, *self._play(planner, data, windows - flushed)] if windows > flushed else losses
+
+    def _play(self, planner: Planner, data: Iterator[tuple[Any, Any]], windows: int) -> list[float]:
+        """:meth:`train`, with one program from its start."""
         program, self._coefficient = planner.program(windows), planned_coefficient(planner) or 0.0
         verify(program)
+        self._played = planner.schedule
         size, first = self.schedule.micro_batches, self.versions[0]
         numbers = range(first * size, (first + windows) * size)
         self._data = {number: next(data) for number in numbers}
-        self._losses.clear()
         self._first = first
         for rank, action in play(program):
             action = action.shifted(first, size)
@@ -173,7 +181,7 @@ class SerialPipeline:
         if stage > 0:
             inputs = tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in inputs)
         window, first = index // self.schedule.micro_batches, self._first
-        version = first + self.schedule.forward_version(window - first, replica.version - first)
+        version = first + self._played.forward_version(window - first, replica.version - first)
         replica.use(version)
         output = replica.module(inputs[0] if len(inputs) == 1 else inputs)
         if stage == len(self.stages) - 1:
@@ -186,7 +194,7 @@ class SerialPipeline:
 
     def _backward(self, replica: _Replica, stage: int, index: int) -> None:
         inputs, outputs, forward = self._flying.pop((stage, index))
-        used = Used(forward, self.schedule.backward_version(forward, replica.version))
+        used = Used(forward, self._played.backward_version(forward, replica.version))
         self.used[stage, index] = used
         replica.use(used.backward)
         if stage == len(self.stages) - 1:

@@ -76,6 +76,10 @@ class StagesWorker(ABC):
     def parameters(self, stage: int) -> list[nn.Parameter]:
         return [parameter for parameter in self.module(stage).parameters() if parameter.requires_grad]
 
+    def runs_freely(self, update: Action) -> bool:
+        """Whether ``update`` is not of the windows at the start that end with a flush."""
+        return update.index >= self.schedule.flush_first
+
     def take(self, micro_batch: int) -> Any:
         """The data of ``micro_batch``."""
         assert self.feed is not None

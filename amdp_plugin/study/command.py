@@ -22,7 +22,7 @@ MODEL = "scripts/gpt_study.py:problem"
 class StudyCommand(ListsCommand):
     """``--schedules A B``."""
 
-    lists = ("--schedules", "--optimizers", "--learning-rates", "--compensation")
+    lists = ("--schedules", "--optimizers", "--learning-rates", "--compensation", "--flush-first")
 
 
 def study(
@@ -36,6 +36,9 @@ def study(
     compensation: Annotated[
         list[str], typer.Option(help="none, error_feedback; with both, schedules that run freely are run with each.")
     ] = ["none"],  # noqa: B006
+    flush_first: Annotated[
+        list[int], typer.Option(help="Steps at the start that end with a flush; with several, likewise.")
+    ] = [0],  # noqa: B006
     stages: Annotated[int, typer.Option(help="Stages of the pipeline.")] = 8,
     micro_batches: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 8,
     steps: Annotated[int, typer.Option(help="Steps of a run.")] = 300,
@@ -63,7 +66,7 @@ def study(
             raise ValueError(f"--{name} is at least 1, got {value}")
     costs = (("backward_ratio", backward_ratio), ("link_cost", link_cost))
     setting = Setting(model, stages, micro_batches, warm_up, clip, device, costs)
-    variants = list(_variants(setting, schedules, compensation))
+    variants = list(_variants(setting, schedules, compensation, flush_first))
     rates = _read_rates(optimizers, learning_rates or [])
     trials = list(_trials(setting, variants, rates, steps, seeds, at_equal_time))
     outcomes = run_all(setting, trials, out, processes or os.cpu_count() or 1)
@@ -81,8 +84,11 @@ def study(
     return 0
 
 
-def _variants(setting: Setting, texts: Sequence[str], compensation: Sequence[str]) -> Iterator[Variant]:
-    """Every schedule with every compensation; one that flushes has nothing to compensate, and is there once."""
+def _variants(
+    setting: Setting, texts: Sequence[str], compensation: Sequence[str], flush_first: Sequence[int]
+) -> Iterator[Variant]:
+    """Every schedule with every compensation and every opening; one that flushes has nothing of them, and is there
+    once."""
     from .trial import Variant
 
     for text in texts:
@@ -90,7 +96,7 @@ def _variants(setting: Setting, texts: Sequence[str], compensation: Sequence[str
         if variant.make(setting.stages, setting.micro_batches).flush:
             yield variant
         else:
-            yield from (variant.compensated(each) for each in compensation)
+            yield from (variant.told(each, windows) for windows in flush_first for each in compensation)
 
 
 def _trials(
@@ -99,11 +105,11 @@ def _trials(
 ) -> Iterator[Trial]:  # fmt: skip
     from .trial import Trial
 
-    reference = setting.forwards_per_step(variants[0])
+    whole = steps * setting.planned(variants[0]).forwards_per_window
     for variant in variants:
         numbers = {steps: None}
         if longer:
-            numbers[round(steps * reference / setting.forwards_per_step(variant))] = None
+            numbers[setting.steps_within(variant, whole)] = None
         for number in numbers:
             for optimizer, values in rates.items():
                 for learning_rate in values:

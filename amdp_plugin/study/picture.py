@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..plan.picture import DOTS_PER_INCH
@@ -38,10 +38,10 @@ def picture(outcomes: Mapping[Trial, Outcome], rows: Sequence[Row]) -> bytes:
             colour = COLOURS[variants.index(variant) % len(COLOURS)]
             at_equal_tokens, longest = shown[0], max(shown, key=lambda row: row.steps)
             group = list(_group(outcomes, at_equal_tokens))
-            _draw(over_tokens, group, group[0].tokens_per_step / 1e6, colour, at_equal_tokens)
+            _draw(over_tokens, group, group[0].million_tokens, colour, at_equal_tokens)
             ends += _end(group)
             group = list(_group(outcomes, longest))
-            _draw(over_time, group, group[0].forwards_per_step, colour, longest)
+            _draw(over_time, group, group[0].forwards, colour, longest)
             ends += _end(group)
         margin = 0.1 * (max(ends) - min(ends) or 1.0)
         over_tokens.set_ylim(min(ends) - margin, max(ends) + margin)
@@ -68,10 +68,10 @@ def _end(group: Sequence[Outcome]) -> list[float]:
     return [loss for _, loss in curve[int(len(curve) * (1 - SHOWN)) :]]
 
 
-def _draw(axes: Axes, group: Sequence[Outcome], scale: float, colour: str, row: Row) -> None:
-    """The mean over the seeds, and their range; ``scale`` is a step's length on the axis."""
+def _draw(axes: Axes, group: Sequence[Outcome], place: Callable[[float], float], colour: str, row: Row) -> None:
+    """The mean over the seeds, and their range; ``place`` says where on the axis a step is."""
     curve = mean_curve(group)
-    along = [step * scale for step, _ in curve]
+    along = [place(step) for step, _ in curve]
     label = f"{row.variant}, rate {row.learning_rate:g}, {row.steps} steps"
     axes.plot(along, [loss for _, loss in curve], color=colour, label=label, linewidth=1.6)
     if len(group) > 1:

@@ -18,7 +18,7 @@ class Row:
         losses: validation loss at the end, of each seed.
         above: its mean, less the reference's with the same optimizer: each at its best learning rate where ``best``,
             else both at the same; ``None`` where the reference has no such trial.
-        recovered: the share of that which compensation takes away of what the same schedule loses without it.
+        recovered: the share of what the same schedule loses without them that :data:`HELPS` take away.
         seconds: predicted time to the reference's final loss, in its time; ``None`` where it was never reached.
         best: whether it is the learning rate at which the variant does best.
     """
@@ -38,6 +38,8 @@ class Row:
         return mean(self.losses)
 
 
+HELPS = ("compensation", "strength", "flush_first")
+"""Options that are there for the loss."""
 _Key = tuple[Variant, str, float, int]
 
 
@@ -70,9 +72,9 @@ def summarize(outcomes: Mapping[Trial, Outcome], reference: Variant, steps: int)
 
 
 def _recovered(key: _Key, finals: Mapping[_Key, Sequence[float]], against: _Key | None) -> float | None:
-    """How much of the loss of the same schedule without compensation is not lost, at the same learning rate."""
+    """How much of what the same schedule loses without help is not lost, at the same learning rate."""
     variant, *rest = key
-    kept = tuple(option for option in variant.options if option[0] not in ("compensation", "strength"))
+    kept = tuple(option for option in variant.options if option[0] not in HELPS)
     bare = (Variant(variant.schedule, kept), *rest)
     if len(kept) == len(variant.options) or bare not in finals or against not in finals:
         return None
@@ -86,9 +88,9 @@ def _time(group: Sequence[Outcome], reference: Sequence[Outcome] | None) -> floa
     if not reference:
         return None
     target = mean(outcome.validation[-1][1] for outcome in reference)
-    whole = reference[0].validation[-1][0] * reference[0].forwards_per_step
+    whole = reference[0].forwards(reference[0].validation[-1][0])
     step = reached(mean_curve(group), target)
-    return None if step is None else step * group[0].forwards_per_step / whole
+    return None if step is None else group[0].forwards(step) / whole
 
 
 def mean_curve(group: Sequence[Outcome]) -> list[tuple[float, float]]:

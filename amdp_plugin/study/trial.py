@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from ..plan import schedules
 from ..plan.costs import CostModel
 from ..plan.planner import Planner
-from ..plan.report import report
+from ..plan.report import Report, report
 from ..plan.schedule import Schedule
 from ..runtime.device import placed
 from ..runtime.serial import SerialPipeline
 from .optimizers import OPTIMIZERS, rate
 from .problem import Problem, load
 
-COMMON: dict[str, Callable[[str], Any]] = {"compensation": str, "strength": float}
+COMMON: dict[str, Callable[[str], Any]] = {"compensation": str, "strength": float, "flush_first": int}
 """Options of every schedule, and how they are read."""
 VALIDATIONS = 12
 """Times that a trial is validated, at least, evenly over its steps."""
@@ -50,9 +50,10 @@ class Variant:
             options.append((key, read(value)))
         return cls(name, tuple(options))
 
-    def compensated(self, compensation: str) -> Variant:
-        """With ``compensation``, which the command line gives to all."""
-        chosen = () if compensation == "none" else (("compensation", compensation),)
+    def told(self, compensation: str, flush_first: int) -> Variant:
+        """With what the command line tells all."""
+        told: dict[str, Any] = {"compensation": compensation, "flush_first": flush_first}
+        chosen = tuple((key, value) for key, value in told.items() if value not in ("none", 0))
         return Variant(self.schedule, (*self.options, *chosen))
 
     def make(self, stages: int, micro_batches: int) -> Schedule:
@@ -87,10 +88,15 @@ class Setting:
     def cost_model(self) -> CostModel:
         return CostModel.relative(self.stages, **dict(self.costs))
 
-    def forwards_per_step(self, variant: Variant) -> float:
-        """Predicted time of a step in the steady state, in forwards of one stage."""
-        schedule = variant.make(self.stages, self.micro_batches)
-        return report(Planner(schedule, self.cost_model()), windows=1).forwards_per_window
+    def planned(self, variant: Variant) -> Report:
+        """The figures of its plan."""
+        return report(Planner(variant.make(self.stages, self.micro_batches), self.cost_model()), windows=1)
+
+    def steps_within(self, variant: Variant, forwards: float) -> int:
+        """How many steps take that time."""
+        planned = self.planned(variant)
+        opening = planned.flush_first * (planned.opening_forwards_per_window or 0.0)
+        return round(planned.flush_first + (forwards - opening) / planned.forwards_per_window)
 
 
 @dataclass(frozen=True)
@@ -115,13 +121,26 @@ class Outcome:
         losses: the mean training loss of every step.
         validation: ``(steps done, loss)``, with all stages' weights of that version.
         tokens_per_step: for an axis.
-        forwards_per_step: predicted time of a step, in forwards of one stage.
+        forwards_per_step: predicted time of a step in the steady state, in forwards of one stage.
+        opening_steps: steps at the start that end with a flush, and
+        opening_forwards_per_step: what each of them takes.
     """
 
     losses: list[float]
     validation: list[tuple[int, float]]
     tokens_per_step: int
     forwards_per_step: float
+    opening_steps: int = 0
+    opening_forwards_per_step: float = 0.0
+
+    def million_tokens(self, step: float) -> float:
+        """Of the first ``step`` steps."""
+        return step * self.tokens_per_step / 1e6
+
+    def forwards(self, step: float) -> float:
+        """Predicted time of the first ``step`` steps, in forwards of one stage."""
+        opening = min(step, self.opening_steps)
+        return opening * self.opening_forwards_per_step + (step - opening) * self.forwards_per_step
 
     @classmethod
     def of(cls, told: dict[str, Any]) -> Outcome:
@@ -175,8 +194,10 @@ def run(setting: Setting, trial: Trial, progress: Callable[[int], None] = lambda
         before_step=lambda parameters: _clip(parameters, setting.clip),
     )
     losses = pipeline.train((place(each) for each in problem.micro_batches), trial.steps)
+    planned = setting.planned(trial.variant)
     return Outcome(
-        losses, validation, problem.tokens * setting.micro_batches, setting.forwards_per_step(trial.variant)
+        losses, validation, problem.tokens * setting.micro_batches, planned.forwards_per_window,
+        planned.flush_first, planned.opening_forwards_per_window or 0.0,
     )  # fmt: skip
 
 

@@ -22,6 +22,9 @@ from .training import Trainer, assert_same, assert_same_weights, copies
 
 HALF = 3
 AHEAD_PACI, AHEAD_AMDP = {"name": "paci", **FEEDBACK}, {"name": "amdp", **FEEDBACK}
+FLUSHED = {f"flushed first, {at}": {**AHEAD_PACI, "flush_first": first} for at, first in
+           {"saved before": HALF + 1, "saved there": HALF, "saved after": HALF - 1}.items()}  # fmt: skip
+"""With a flush at every window at first, until shortly before or after the checkpoint."""
 JOBS = {
     "1f1b": Job("1f1b", 3, 2, model=DROPOUT),
     "paci": Job("paci", 3, 2, model=DROPOUT),
@@ -37,6 +40,7 @@ JOBS = {
     "error feedback, bf16": Job(AHEAD_PACI, 2, 2, bf16=True, model=DROPOUT),
     "error feedback, distributed optimizer": Job(AHEAD_PACI, 2, 2, data=2, clip=0.05, model=DROPOUT, **DISTRIBUTED),
     "error feedback, distributed, bf16": Job(AHEAD_PACI, 2, 2, data=2, bf16=True, model=DROPOUT, **DISTRIBUTED),
+    **{name: Job(schedule, 3, 2, model=DROPOUT) for name, schedule in FLUSHED.items()},
     "error feedback, amdp": Job(AHEAD_AMDP, 4, 4, model=DROPOUT),
 }
 FEEDBACK_AS_TORCH = ["error feedback", "error feedback, bf16", "error feedback, amdp"]

@@ -112,6 +112,13 @@ def test_replicas_that_are_alike(name: str, stages: int, more: dict[str, Any]) -
 FEEDBACK = {"compensation": "error_feedback"}
 
 
+@pytest.mark.parametrize(
+    ("name", "stages", "size"), [("paci", 2, 2), ("paci", 4, 2), ("amdp", 4, 4), ("pipedream-2bw", 3, 3)]
+)
+def test_flushes_at_first(name: str, stages: int, size: int) -> None:
+    check(Job({"name": name, **FEEDBACK, "flush_first": 3}, stages, size, model=DROPOUT))
+
+
 @pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 2), (4, 2), (4, 6)])
 def test_error_feedback(stages: int, size: int) -> None:
     job = Job({"name": "paci", **FEEDBACK, "strength": 0.7}, stages, size, model=DROPOUT)

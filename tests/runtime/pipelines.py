@@ -104,7 +104,9 @@ def make_executor(
         gradients, weights = make_transport(gradient_links(placement)), make_transport(weight_links(placement))
         exchange = Exchange(placement, worker.replicas, gradients, weights, watch, gradient_buffers)
     torch.manual_seed(100 + rank)
-    return Executor(planner, rank, worker, channels, watch, exchange), worker
+    opening = schedule.opening()
+    first = Planner(opening, case.costs()) if opening else None
+    return Executor(planner, rank, worker, channels, watch, exchange, first), worker
 
 
 def make_oracle(case: Case) -> SerialPipeline:

@@ -104,12 +104,14 @@ def make(
     *,
     compensation: str = "none",
     strength: float = 1.0,
+    flush_first: int = 0,
     **chosen: Any,
 ) -> Schedule:
     """Schedule ``name`` for a pipeline of ``num_stages`` and windows of ``micro_batches``.
 
     Args:
         compensation: what is done about gradients that are late; ``strength`` goes with it. See :class:`.Schedule`.
+        flush_first: windows at the start of a job that end with a flush all the same.
         chosen: the schedule's own options.
 
     Raises:
@@ -130,18 +132,19 @@ def make(
             f"{_who(name)} was asked for {num_stages} stages and windows of {micro_batches} micro-batches, it made "
             f"{made.num_stages} stages and windows of {made.micro_batches}"
         )
-    return made if compensation == "none" else _compensated(made, compensation, strength)
+    told: dict[str, Any] = {}
+    if compensation != "none":
+        told.update(compensation=compensation, strength=strength)
+    if flush_first:
+        told.update(flush_first=flush_first)
+    return _told(made, told) if told else made
 
 
-def _compensated(schedule: Schedule, compensation: str, strength: float) -> Schedule:
-    """``schedule`` and its alternatives with ``compensation``; trials know nothing of it, since it takes no time."""
-    return replace(
-        schedule,
-        compensation=compensation,
-        strength=strength,
-        alternatives=tuple(_compensated(each, compensation, strength) for each in schedule.alternatives),
-        options={**schedule.options, "compensation": compensation, "strength": strength},
-    )
+def _told(schedule: Schedule, told: Mapping[str, Any]) -> Schedule:
+    """``schedule`` and its alternatives with what all schedules can be told; trials know nothing of it, since it
+    changes nothing about the order of a steady window."""
+    alternatives = tuple(_told(each, told) for each in schedule.alternatives)
+    return replace(schedule, **told, alternatives=alternatives, options={**schedule.options, **told})
 
 
 def _refuse_unknown(name: str, chosen: Set[str], known: Options) -> None:

@@ -31,6 +31,7 @@ class CommonOptions:
         stage_costs: time of every stage's forward, where they differ.
         compensation: what a free-running schedule does about gradients that are late.
         strength: of error feedback, in units of the plan's own figure.
+        flush_first: windows at the start of the job that end with a flush all the same.
     """
 
     name: str
@@ -40,6 +41,7 @@ class CommonOptions:
     stage_costs: list[float] | None = None
     compensation: Literal["none", "error_feedback"] = "none"
     strength: Annotated[float, Field(gt=0, lt=inf)] = 1.0
+    flush_first: Annotated[int, Field(ge=0)] = 0
 
 
 COMMON: Mapping[str, Any] = get_type_hints(CommonOptions, include_extras=True)
