@@ -30,10 +30,14 @@ def test_options_reach_the_schedule_and_the_costs() -> None:
         "backward_ratio": 1.5,
         "link_cost": 0.25,
         "stage_costs": [1.0, 2.0],
+        "compensation": "error_feedback",
+        "strength": 0.5,
     }
     settings = read_schedule(section, WHERE)
     assert settings.timeout_seconds == 5
-    assert settings.make(2, 4).in_flight == (4, 3)
+    made = settings.make(2, 4)
+    assert made.in_flight == (4, 3)
+    assert (made.compensation, made.strength) == ("error_feedback", 0.5)
     assert settings.costs(2) == CostModel((1.0, 2.0), (1.5, 3.0), (0.0, 0.0), link_latency=0.25)
 
 

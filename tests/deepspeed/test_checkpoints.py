@@ -55,10 +55,12 @@ def train(engine: Any, batches: Any, windows: int) -> list[float]:
 
 
 def save_and_go_on(rank: int, job: Job, directory: Path) -> dict[str, Any]:
-    """Train, save, train on with the same engine."""
+    """Train, save, train on with the same engine; under error feedback, evaluate before it."""
     engine = make_engine(rank, job)
     batches = stream(engine, job)
     train(engine, batches, HALF)
+    if job.schedule in (AHEAD_PACI, AHEAD_AMDP):
+        evaluate(engine, job)
     engine.save_checkpoint(str(directory), None, {"note": 7})  # by position, as stock allows
     return finish(engine, train(engine, batches, HALF))
 

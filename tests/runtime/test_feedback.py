@@ -86,6 +86,7 @@ def test_masters_need_nothing_more_and_weights_one_copy() -> None:
         for number in range(3):
             host.step(number)
             assert sum(tensor.numel() for tensor in host.feedback.kept()) == count
+            assert len(host.feedback._plain) == (0 if masters else 2), "nothing else lasts"
     assert Host(False, coefficient=None).feedback.bytes_kept() == 0
 
 
@@ -105,6 +106,28 @@ def test_a_step_that_is_skipped_changes_nothing(masters: bool) -> None:
     assert_equal(host.weights, ahead(plain, 1))
     host.step(1)
     assert_equal(host.weights, ahead(plain, 2))
+
+
+class Drift(torch.optim.Optimizer):
+    """Moves what has no gradient, as a decay may, or an optimizer that makes gradients within its step."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(0.5)
+
+
+def test_what_moves_without_a_gradient() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    feedback = ErrorFeedback([weight], [optimizer := Drift([weight])], coefficient=COEFFICIENT)
+    for plain in (-0.5, -1.0):
+        with feedback.stepping():
+            optimizer.step()
+        assert weight.item() == plain - 0.5 * COEFFICIENT
 
 
 def test_weights_set_before_the_first_step_stay() -> None:
@@ -159,6 +182,9 @@ def test_a_resumed_one_equals_the_one_that_went_on(masters: bool, resting: bool)
 def test_without_what_it_computed_with_it_begins_at_the_plain_iterate() -> None:
     host, plain = Host(False), plain_iterates(False, 2)
     host.step(0)
+    state = deepcopy(host.optimizer.state_dict())
+    host.step(7)
+    host.optimizer.load_state_dict(state)
     for weight, value in zip(host.weights, plain[1], strict=True):
         weight.data.copy_(value)
     host.feedback.restart(None)
