@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
@@ -95,6 +96,12 @@ def _start(told: Queue[tuple[str, int]]) -> None:
 
 
 def _run(setting: Setting, trial: Trial) -> Outcome:
-    assert _told is not None
-    queue = _told
-    return run(setting, trial, lambda step: queue.put((str(trial), step)))
+    queue, parent = _told, multiprocessing.parent_process()
+    assert queue is not None and parent is not None
+
+    def progress(step: int) -> None:
+        if not parent.is_alive():
+            os._exit(1)  # a study that was killed must not go on in its processes
+        queue.put((str(trial), step))
+
+    return run(setting, trial, progress)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -134,6 +137,18 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert run_all(SETTING, wanted, tmp_path, processes=1)[wanted[0]] == found[wanted[0]]
     other = Setting(MODEL, stages=2, micro_batches=2, warm_up=2, clip=1.0)
     assert Store(tmp_path, other).get(wanted[1]) is None
+
+
+def test_a_study_that_is_killed_goes_on_nowhere(tmp_path: Path) -> None:
+    told = ["study", "--stages", "2", "--steps", "100000", "--model", MODEL, "--processes", "2", "--out", str(tmp_path)]
+    study = subprocess.Popen([sys.executable, "-m", "amdp_plugin.cli", *told], stderr=subprocess.PIPE, text=True)
+    assert study.stderr is not None
+    while " seed 1 " not in study.stderr.read(200):  # the progress bar names what is being run
+        pass
+    workers = psutil.Process(study.pid).children(recursive=True)
+    study.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert workers and not alive
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
