@@ -101,6 +101,18 @@ def test_error_feedback_keeps_a_copy_where_there_are_no_masters(case: str) -> No
         assert planned.weight_copies_by_rank == (copies,) * job.stages
 
 
+def test_error_feedback_of_ranks_with_guests() -> None:
+    """Home, guest and plain iterate, as the plan says."""
+    changes, (weights, gradients, optimizer_state) = CASES["fp32"]
+    job = job_of({**changes, "stages": 4, "size": 4}, {"name": "amdp", **FEEDBACK})
+    records = [record for _, record in run_ranks(job.world, recorded, job)]
+    planned = report(Planner(Run("amdp", records).schedule()), 1)
+    assert planned.weight_copies_by_rank == (3,) * 4
+    sums = WHOLE * NUMBERS
+    expected = Memory(3 * weights, gradients + sums, optimizer_state, exchange=sums + weights)
+    assert {kept(record) for record in records} == {expected}
+
+
 def announced(rank: int, job: Job) -> str:
     """What rank 0 prints at the start."""
     output = io.StringIO()
