@@ -116,6 +116,11 @@ class ErrorFeedback:
         self._plain = {weight: weight.detach().clone() for weight in self._stepped_weights()}
         self._write(ahead)
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether master copies are stepped, and no weights of the stage themselves."""
+        return not self._stepped_weights()
+
     def kept(self) -> list[Tensor]:
         """What lies in memory beside the host's own, from one step to the next."""
         return [plain for weight, plain in self._plain.items() if self._is_weight(weight)]

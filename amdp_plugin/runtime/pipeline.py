@@ -140,7 +140,8 @@ class Pipeline:
 
     def start(self, worker: Worker, window: int) -> None:
         """Prove the program, and wire it up to ``worker``, to begin with ``window``."""
-        schedule, self.planned = self.schedule, report(self._planner, windows=1)
+        schedule = self.schedule
+        self.planned = report(self._planner, windows=1, master_weights=self.feedback.has_masters)
         self.feedback.begin(self.planned.coefficient)
         if self.channels is not None:
             self.channels.keep_sent = keep_sent(schedule)

@@ -131,6 +131,7 @@ def test_error_feedback_is_announced_with_what_it_takes(case: str) -> None:
     assert f"weights        {size} ({size})  {size} ({size})" in text
     assert (f"plain iterate  {size}  {size}" in text) is (case == "fp32")
     assert "x = z + 0.5 (z - z_before)" in text
+    assert ("weight copies  by rank: 2 2" if case == "fp32" else "weight copies  by rank: 1 1") in text
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16, sums in fp32"])
