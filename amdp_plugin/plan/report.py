@@ -46,8 +46,9 @@ class Report:
         mismatched_by_stage: micro-batches with a gap above 0, in the window that has most of them.
         peak_in_flight_by_rank: micro-batches forwarded and not yet backwarded, at most, over all stages of the rank
             and with the warm-up.
-        weight_copies_by_rank: copies of the weights of one stage that a rank holds. Error feedback keeps one more at
-            the home of a stage, where the host has no master copy that serves for it.
+        master_weights: whether optimizers step master copies. With error feedback those are the plain iterate; else
+            it is one more copy at the home of a stage.
+        weight_copies_by_rank: copies of the weights of one stage that a rank holds, master copies not counted.
         gradient_copies_by_rank: the same of sums of gradients: one for every stage here, and one for a stage whose
             closed window is parked.
         optimizer_states_by_rank: stages whose optimizer state a rank keeps. Under 1F1B all three are 1.
@@ -76,6 +77,7 @@ class Report:
     flush_first: int
     opening_forwards_per_window: float | None
     coefficient: float | None
+    master_weights: bool
     version_gap_by_stage: tuple[int, ...]
     mismatched_by_stage: tuple[int, ...]
     peak_in_flight_by_rank: tuple[int, ...]
@@ -126,10 +128,9 @@ class Report:
         stale = f"the largest mean staleness of a stage is r = {max(self.mean_staleness_by_stage):.6g}"
         if self.coefficient is None:
             return f"none; {stale}"
-        return (
-            f"error feedback, x = z + {self.coefficient:.6g} (z - z_before); {stale}; z is one more copy of a stage's "
-            "weights at its home, none where there are master weights"
-        )
+        more = "one more copy of a stage's weights at its home, none with master weights"
+        place = "the master weights" if self.master_weights else more
+        return f"error feedback, x = z + {self.coefficient:.6g} (z - z_before); {stale}; z is {place}"
 
     def _proof(self) -> str:
         if self.breach is not None:
@@ -141,8 +142,12 @@ class Report:
         return f"{checked}, and {repeat} for ever"
 
 
-def report(planner: Planner, windows: int) -> Report:
+def report(planner: Planner, windows: int, master_weights: bool = False) -> Report:
     """The figures of ``planner``'s schedule under its costs.
+
+    Args:
+        windows: that the user asked to see.
+        master_weights: whether optimizers step master copies.
 
     Raises:
         ProgramError: when the schedule breaks a law. Only ranks that wait for each other (law 3) are reported
@@ -178,10 +183,11 @@ def report(planner: Planner, windows: int) -> Report:
         flush_first=schedule.flush_first,
         opening_forwards_per_window=report(Planner(opening, planner.costs), 1).forwards_per_window if opening else None,
         coefficient=coefficient(schedule, staleness),
+        master_weights=master_weights,
         version_gap_by_stage=gaps,
         mismatched_by_stage=_mismatched_by_stage(schedule, found, settled),
         peak_in_flight_by_rank=tuple(max(in_flight(program, rank)) for rank in range(schedule.num_ranks)),
-        weight_copies_by_rank=_weight_copies(schedule),
+        weight_copies_by_rank=_weight_copies(schedule, master_weights),
         gradient_copies_by_rank=_gradient_copies(schedule),
         optimizer_states_by_rank=tuple(len(homes) for homes in _homes(schedule)),
         deadlock_free=breach is None,
@@ -219,11 +225,11 @@ def _mismatched_by_stage(
     return tuple(map(max, zip(*counts.values(), strict=True)))
 
 
-def _weight_copies(schedule: Schedule) -> tuple[int, ...]:
+def _weight_copies(schedule: Schedule, master_weights: bool) -> tuple[int, ...]:
     """A stage that uses several versions keeps each, beside the weights that its optimizer steps; with error feedback
-    its home keeps the plain iterate too."""
+    its home keeps the plain iterate too, where that is no master copy."""
     copies = [1 if number == 1 else 1 + number for number in schedule.weight_versions]
-    plain = 0 if schedule.compensation == "none" else 1
+    plain = 0 if schedule.compensation == "none" or master_weights else 1
     return tuple(
         sum(copies[stage] for stage in stages) + plain * len(homes)
         for stages, homes in zip(schedule.placement.stages, _homes(schedule), strict=True)

@@ -114,9 +114,17 @@ class ErrorFeedback:
         if self.coefficient is None or ahead is None:
             return
         if [value.shape for value in ahead] != [parameter.shape for parameter in self._parameters]:
-            raise ValueError("the weights that error feedback computed with are those of another stage")
+            raise ValueError(
+                "the weights that error feedback computed with are of another stage: load the checkpoint with as many "
+                "stages as wrote it, or without the files that hold them"
+            )
         self._plain = {weight: weight.detach().clone() for weight in self._stepped_weights()}
         self._write(ahead)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether master copies are stepped, and no weights of the stage themselves."""
+        return not self._stepped_weights()
 
     def kept(self) -> list[Tensor]:
         """What lies in memory beside the host's own, from one step to the next."""

@@ -149,7 +149,8 @@ class Pipeline:
             modules: the stages on this rank, which are checked when the window begins: they may be compiled until then.
         """
         self._unchecked = tuple(modules)
-        schedule, self.planned = self.schedule, report(self._planner, windows=1)
+        schedule = self.schedule
+        self.planned = report(self._planner, windows=1, master_weights=self.feedback.has_masters)
         self.feedback.begin(self.planned.coefficient)
         if self.channels is not None:
             self.channels.keep_sent = keep_sent(schedule)

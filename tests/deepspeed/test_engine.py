@@ -37,6 +37,7 @@ from .jobs import (
     stream,
     weights,
 )
+from .test_oracle import FEEDBACK
 
 
 def train(engine: Any, batches: Any, windows: int) -> list[float]:
@@ -179,10 +180,18 @@ def train_with_other_window(rank: int, job: Job, size: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "size", "other"), [("paci", 3, 2, 4), ("paci", 3, 4, 1), ("amdp", 4, 4, 8), ("amdp", 4, 8, 2)]
+    ("name", "stages", "size", "other"),
+    [
+        ("paci", 3, 2, 4),
+        ("paci", 3, 4, 1),
+        ("amdp", 4, 4, 8),
+        ("amdp", 4, 8, 2),
+        ({"name": "paci", **FEEDBACK}, 3, 2, 4),
+        ({"name": "amdp", **FEEDBACK}, 4, 8, 4),
+    ],
 )
-def test_window_that_changes_its_size(name: str, stages: int, size: int, other: int) -> None:
-    """No micro-batch is lost or used twice."""
+def test_window_that_changes_its_size(name: Any, stages: int, size: int, other: int) -> None:
+    """No micro-batch is lost or used twice; error feedback goes on with the staleness of the new window."""
     job = Job(name, stages, size)
     found = run_ranks(stages, train_with_other_window, job, other)
     pipeline, batches = make_oracle(job), data()

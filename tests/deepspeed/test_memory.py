@@ -115,6 +115,18 @@ def test_versions_in_use_take_what_the_report_says(schedule: str, size: int) -> 
     ]
 
 
+def test_error_feedback_of_ranks_with_guests() -> None:
+    """Home, guest and plain iterate, as the plan says."""
+    changes, (weights, gradients, optimizer_state) = CASES["fp32"]
+    job = job_of({**changes, "stages": 4, "size": 4}, {"name": "amdp", **FEEDBACK})
+    records = [record for _, record in run_ranks(job.world, recorded, job)]
+    planned = report(Planner(Run("amdp", records).schedule()), 1)
+    assert planned.weight_copies_by_rank == (3,) * 4
+    sums = WHOLE * NUMBERS
+    expected = Memory(3 * weights, gradients + sums, optimizer_state, exchange=sums + weights)
+    assert {kept(record) for record in records} == {expected}
+
+
 def announced(rank: int, job: Job) -> str:
     """What rank 0 prints at the start."""
     output = io.StringIO()
@@ -133,6 +145,7 @@ def test_error_feedback_is_announced_with_what_it_takes(case: str) -> None:
     assert f"weights        {size} ({size})  {size} ({size})" in text
     assert (f"plain iterate  {size}  {size}" in text) is (case == "fp32")
     assert "x = z + 0.5 (z - z_before)" in text
+    assert ("weight copies  by rank: 2 2" if case == "fp32" else "weight copies  by rank: 1 1") in text
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16, sums in fp32"])

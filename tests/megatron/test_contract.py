@@ -18,6 +18,7 @@ from tests.processes import run_ranks
 
 from .jobs import DROPOUT, Job
 from .oracle import assert_equals_oracle, oracle
+from .test_oracle import FEEDBACK
 from .test_stock import OVERLAP
 from .training import Trainer, assert_same, run
 
@@ -154,7 +155,14 @@ def train_with_other_windows(rank: int, job: Job, sizes: list[int]) -> dict[str,
 
 @pytest.mark.parametrize(
     ("job", "sizes"),
-    [(PACI, [2, 4, 1]), (PACI, [4, 3]), (AMDP, [4, 8, 2]), (replace(AMDP, clip=10.0), [2, 4]), (FLUSHED, [1, 3])],
+    [
+        (PACI, [2, 4, 1]),
+        (PACI, [4, 3]),
+        (replace(PACI, schedule={"name": "paci", **FEEDBACK}), [2, 4, 1]),
+        (AMDP, [4, 8, 2]),
+        (replace(AMDP, clip=10.0), [2, 4]),
+        (FLUSHED, [1, 3]),
+    ],
     ids=describe,
 )
 def test_number_of_micro_batches_changes(job: Job, sizes: list[int]) -> None:

@@ -67,6 +67,12 @@ def test_report() -> None:
     assert report(Planner(schedules.make("amdp", 4, 8, **FEEDBACK)), 1).weight_copies_by_rank == (3,) * 4
 
 
+def test_report_where_there_are_masters() -> None:
+    found = report(Planner(schedules.make("paci", 8, 8, **FEEDBACK)), 1, master_weights=True)
+    assert found.weight_copies_by_rank == (1,) * 8
+    assert "z is the master weights" in " ".join(found.to_text().split())
+
+
 def test_alternatives_are_compensated_too() -> None:
     """Of them a planner chooses."""
     schedule = schedules.make("amdp", 8, 32, **FEEDBACK)

@@ -194,7 +194,7 @@ def test_without_what_it_computed_with_it_begins_at_the_plain_iterate() -> None:
 
 
 def test_weights_of_another_stage_are_refused() -> None:
-    with pytest.raises(ValueError, match="of another stage"):
+    with pytest.raises(ValueError, match="are of another stage: load the checkpoint with as many stages"):
         Host(False).feedback.restart([torch.ones(2)])
 
 

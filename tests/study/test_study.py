@@ -143,8 +143,9 @@ def test_a_study_that_is_killed_goes_on_nowhere(tmp_path: Path) -> None:
     told = ["study", "--stages", "2", "--steps", "100000", "--model", MODEL, "--processes", "2", "--out", str(tmp_path)]
     study = subprocess.Popen([sys.executable, "-m", "amdp_plugin.cli", *told], stderr=subprocess.PIPE, text=True)
     assert study.stderr is not None
-    while " seed 1 " not in study.stderr.read(200):  # the progress bar names what is being run
-        pass
+    seen = ""
+    while " seed 1 " not in seen:  # the progress bar names what is being run
+        seen += study.stderr.read(1)
     workers = psutil.Process(study.pid).children(recursive=True)
     study.kill()
     _, alive = psutil.wait_procs(workers, timeout=20)
