@@ -34,11 +34,13 @@ def test_stock_is_the_default() -> None:
 
 def test_a_schedule_and_its_options(tmp_path: Path) -> None:
     path = tmp_path / "options.json"
-    path.write_text('{"extra_in_flight": 2, "timeout_seconds": 60}')
+    path.write_text('{"extra_in_flight": 2, "timeout_seconds": 60, "compensation": "error_feedback", "strength": 0.5}')
     settings = read_flags(parse("--pipeline-schedule", "paci", "--pipeline-schedule-options", str(path)))
     assert settings is not None
     assert (settings.name, settings.timeout_seconds) == ("paci", 60)
-    assert settings.make(4, 8).in_flight == (6, 5, 4, 3)
+    made = settings.make(4, 8)
+    assert made.in_flight == (6, 5, 4, 3)
+    assert (made.compensation, made.strength) == ("error_feedback", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +87,12 @@ USED = {"context_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "
 @pytest.mark.parametrize("name", [name for refused in OPTIONS for name in refused.names])
 def test_every_refused_option_is_named_with_a_reason_and_an_alternative(name: str) -> None:
     (refused,) = [refused for refused in OPTIONS if name in refused.names]
-    value = USED.get(name, True)
+    value, given = USED.get(name, True), {"name": "paci"}
+    if refused.compensated:
+        check_arguments(arguments(**{name: value}), read_schedule(given, "here"))
+        given["compensation"] = "error_feedback"
     with pytest.raises(ValueError) as error:
-        check_arguments(arguments(**{name: value}), read_schedule("paci", "here"))
+        check_arguments(arguments(**{name: value}), read_schedule(given, "here"))
     flag = "--" + name.replace("_", "-")
     wanted = f"schedule 'paci' cannot be used with {flag} {value}: {refused.why}; {refused.instead}"
     assert str(error.value) == wanted
@@ -96,7 +101,8 @@ def test_every_refused_option_is_named_with_a_reason_and_an_alternative(name: st
 @pytest.mark.parametrize("name", [name for refused in OPTIONS for name in refused.names])
 def test_an_option_that_is_off_is_not_refused(name: str) -> None:
     off = 1 if name.endswith(("_size", "_instances")) else "none" if name == "cuda_graph_impl" else None
-    check_arguments(arguments(**{name: off}), read_schedule("paci", "here"))
+    for section in ("paci", {"name": "paci", "compensation": "error_feedback"}):
+        check_arguments(arguments(**{name: off}), read_schedule(section, "here"))
 
 
 def test_decisions_common_to_all_stages_are_refused_where_they_do_not_meet() -> None:
