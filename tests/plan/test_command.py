@@ -95,6 +95,7 @@ def test_compensation(capfdbinary):
         ([*PACI, "--option", "extra_in_flight=x"], "is a whole number, got 'x'"),
         ([*PACI, "--option", "extra_in_flight=-1"], "cannot be negative, got -1"),
         ([*PACI, "--compensation", "x"], "compensation is none or error_feedback, got 'x'"),
+        ([*PACI, "--strength", "0.5"], "strength 0.5 is of \"compensation\": \"error_feedback\", which was not asked"),
         ([*PACI, "--compensation", "error_feedback", "--strength", "0"], "strength is a number above 0, got 0.0"),
         ([*PACI, "--compensation", "error_feedback", "--strength", "nan"], "strength is a number above 0, got nan"),
         ([*PACI, "--schedule", "1f1b", "--compensation", "error_feedback"], "no gradient is late (staleness 0)"),

@@ -132,6 +132,8 @@ def make(
             f"{_who(name)} was asked for {num_stages} stages and windows of {micro_batches} micro-batches, it made "
             f"{made.num_stages} stages and windows of {made.micro_batches}"
         )
+    if compensation == "none" and strength != 1.0:
+        raise ValueError(f'{name}: strength {strength:g} is of "compensation": "error_feedback", which was not asked')
     told: dict[str, Any] = {}
     if compensation != "none":
         told.update(compensation=compensation, strength=strength)
