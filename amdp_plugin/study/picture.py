@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 from ..plan.picture import DOTS_PER_INCH
 from .summary import Row, mean_curve
-from .trial import Outcome, Trial
+from .trial import Outcome, Trial, Variant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, ROW_HEIGHT = 12.0, 3.8
+WIDTH, ROW_HEIGHT = 14.0, 3.8
 """Inches: of the picture, and of the panels of one optimizer."""
-COLOURS = ("#555555", "#d1631b", "#2f6db5", "#3a8f5a", "#8a4fa3", "#b8860b", "#7a2e2e", "#2e7a78")
+COLOURS = (
+    "#555555", "#d1631b", "#2f6db5", "#3a8f5a", "#8a4fa3", "#b8860b", "#7a2e2e", "#2e9a98", "#d16ba5", "#9aa72e",
+)  # fmt: skip
 """Of the variants; they begin again after the last. The first is the reference's."""
 SHOWN = 0.6
 """The share of a run, from its end, that the axis of the loss is made for: the beginning falls far."""
@@ -48,8 +50,7 @@ def picture(outcomes: Mapping[Trial, Outcome], rows: Sequence[Row]) -> bytes:
         over_tokens.set_ylabel(f"{optimizer}: validation loss")
         over_tokens.set_xlabel("tokens, millions")
         over_time.set_xlabel("predicted time, forwards of one stage")
-        for panel in (over_tokens, over_time):
-            panel.legend(fontsize="small", frameon=False)
+        over_time.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize="small", frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
@@ -68,11 +69,17 @@ def _end(group: Sequence[Outcome]) -> list[float]:
     return [loss for _, loss in curve[int(len(curve) * (1 - SHOWN)) :]]
 
 
+def _named(variant: Variant) -> str:
+    """With its options in words, where they are numbers and names."""
+    told = [f"{value}" if isinstance(value, str) else f"{key} {value}" for key, value in variant.options]
+    return ", ".join([variant.schedule, *told]).replace("_", " ")
+
+
 def _draw(axes: Axes, group: Sequence[Outcome], place: Callable[[float], float], colour: str, row: Row) -> None:
     """The mean over the seeds, and their range; ``place`` says where on the axis a step is."""
     curve = mean_curve(group)
     along = [place(step) for step, _ in curve]
-    label = f"{row.variant}, rate {row.learning_rate:g}, {row.steps} steps"
+    label = f"{_named(row.variant)}\n{row.steps} steps, learning rate {row.learning_rate:g}"
     axes.plot(along, [loss for _, loss in curve], color=colour, label=label, linewidth=1.6)
     if len(group) > 1:
         losses = list(zip(*([loss for _, loss in outcome.validation] for outcome in group), strict=True))
