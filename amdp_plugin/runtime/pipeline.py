@@ -138,7 +138,9 @@ class Pipeline:
             gradients = self._make_transport(gradient_links(placement))
             weights = self._make_transport(weight_links(placement))
             # Elsewhere no message occupies a device, and nothing ever waits for the whole of one.
-            buffers = gradient_buffers(self._planner) if self.site.device.type == "cuda" else RECEIVE_BUFFERS
+            programs = [planner for planner in (self._planner, self._opening) if planner is not None]
+            on_device = self.site.device.type == "cuda"
+            buffers = max(map(gradient_buffers, programs)) if on_device else RECEIVE_BUFFERS
             self.exchange = Exchange(placement, replicas, gradients, weights, self.watch, buffers)
         self.copy_home()
 

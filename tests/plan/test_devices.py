@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -64,11 +65,15 @@ NAMES = ["1f1b", "gpipe", "paci", "pipedream-2bw", "chimera", "amdp"]
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.sampled_from(NAMES), st.integers(1, 4), st.integers(1, 4))
-def test_programs_run_on_devices_interrupted_anywhere(name: str, half: int, per_direction: int) -> None:
+@given(st.sampled_from(NAMES), st.integers(1, 4), st.integers(1, 4), st.booleans())
+def test_programs_run_on_devices_interrupted_anywhere(
+    name: str, half: int, per_direction: int, opening: bool
+) -> None:
     """All kinds of devices, with no more buffers for gradients than there are guests; or that is refused."""
     stages = 2 * half
     schedule = make(name, stages, stages // 2 * 2 * per_direction)
+    if opening and not schedule.flush:
+        schedule = replace(schedule, flush_first=1).opening() or schedule
     planner = Planner(schedule)
     most = max(len(holders) - 1 for holders in planner.schedule.placement.holders)
     try:
