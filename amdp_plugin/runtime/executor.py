@@ -124,8 +124,9 @@ class Executor:
 
     def _begin_program(self) -> None:
         """Nothing is in flight: from this window on, one of the two programs is run from its start."""
-        opens = self._opening is not None and self.window < self.schedule.flush_first
-        self._running, self._base = self._opening if opens and self._opening else self.planner, self.window
+        opens = self.window < self.schedule.flush_first
+        self._running = self._opening if self._opening is not None and opens else self.planner
+        self._base = self.window
 
     def run_window(self) -> None:
         """Execute one window. Raises ``StopIteration``, with nothing lost, when there is no data for it."""
