@@ -354,6 +354,8 @@ class Executor:
 
     def _drop_versions(self, stage: int) -> None:
         """Keep those of what is in flight, the latest, and what the next forward may use."""
+        if self.schedule.weights == "latest":
+            return
         latest = self.versions[stage]
         in_flight = (version for action, version in self._in_flight.items() if action.stage == stage)
         self.kept.drop(stage, {*in_flight, latest, latest - (self.schedule.weights == "previous")})

@@ -121,6 +121,16 @@ def make_oracle(case: Case) -> SerialPipeline:
     )
 
 
+def oracle_of_parts(
+    case: Case, parts: Iterable[int], micro_batches: Iterator[tuple[Tensor, Tensor]] | None = None
+) -> SerialPipeline:
+    """:func:`make_oracle`, trained for so many windows at a time, with nothing in flight between them."""
+    oracle, micro_batches = make_oracle(case), micro_batches or placed(case.dtype)
+    for windows in parts:
+        oracle.train(micro_batches, windows)
+    return oracle
+
+
 def placed(dtype: torch.dtype = torch.float32, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """:func:`data`, on the device of this process."""
     return ((devices.place(x), devices.place(y)) for x, y in data(dtype, count))

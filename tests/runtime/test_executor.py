@@ -9,7 +9,7 @@ import pytest
 
 from tests.processes import run_ranks
 
-from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, placed, result
+from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, oracle_of_parts, placed, result
 
 CASES = [
     Case("paci", 2, 2),
@@ -40,10 +40,7 @@ def test_quiesce_is_a_cut(case: Case) -> None:
     """Cancelling leaves weights, data and random state as if no forward had run ahead."""
     parts = (3, 1, 4)
     found = run_ranks(case.stages, train_and_quiesce, case, parts)
-    oracle, micro_batches = make_oracle(case), placed()
-    for windows in parts:
-        oracle.train(micro_batches, windows)
-    assert_equals_oracle(found, oracle)
+    assert_equals_oracle(found, oracle_of_parts(case, parts))
 
 
 class Parts:

@@ -14,7 +14,7 @@ from amdp_plugin.runtime.serial import SerialPipeline
 
 from ..processes import run_ranks
 from .models import OPTIMIZERS, build_stages, data, loss
-from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, result
+from .pipelines import Case, assert_equals_oracle, make_executor, oracle_of_parts, result
 
 FEEDBACK = ("compensation", "error_feedback")
 FIRST = ("flush_first", 3)
@@ -43,10 +43,7 @@ def train(rank: int, case: Case, parts: tuple[int, ...]) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.schedule}-{case.stages}-{case.micro_batches}")
 def test_ranks_equal_the_oracle(case: Case, parts: tuple[int, ...]) -> None:
     found = run_ranks(case.stages, train, case, parts)
-    oracle, micro_batches = make_oracle(case), data()
-    for windows in parts:
-        oracle.train(micro_batches, windows)
-    assert_equals_oracle(found, oracle)
+    assert_equals_oracle(found, oracle_of_parts(case, parts))
     for end in found:
         assert end["gaps"][:3] == [(0, 0)] * 3, "nothing is in flight between windows that end with a flush"
     assert any(in_flight for _, in_flight in found[0]["gaps"][3:])

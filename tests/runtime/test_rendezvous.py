@@ -14,7 +14,7 @@ from amdp_plugin.plan.postings import Postings
 
 from ..processes import run_ranks
 from .models import data
-from .pipelines import Case, Links, assert_equals_oracle, make_executor, make_oracle, result
+from .pipelines import Case, Links, assert_equals_oracle, make_executor, oracle_of_parts, result
 from .rendezvous import RendezvousTransport
 
 CASES = [
@@ -73,10 +73,7 @@ def name(case: Case) -> str:
 def test_a_device_may_be_synchronized_after_any_action(case: Case) -> None:
     """No rank waits for ever, and all compute what the oracle says."""
     found = run_ranks(case.stages, train, case, gradient_buffers(Planner(case.make(), case.costs())))
-    oracle, trained = make_oracle(case), micro_batches(case)
-    for windows in PARTS:
-        oracle.train(trained, windows)
-    assert_equals_oracle(found, oracle)
+    assert_equals_oracle(found, oracle_of_parts(case, PARTS, micro_batches(case)))
 
 
 def train_receiving_at_once(rank: int, case: Case) -> str:

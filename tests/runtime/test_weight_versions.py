@@ -18,7 +18,7 @@ from amdp_plugin.runtime.serial import SerialPipeline
 
 from ..processes import run_ranks
 from .models import OPTIMIZERS, WIDTH, data, loss
-from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, result
+from .pipelines import Case, assert_equals_oracle, make_executor, oracle_of_parts, result
 
 SHAPES = [
     ("pipedream", 2, 1), ("pipedream", 3, 1), ("pipedream", 4, 2), ("pipedream-2bw", 3, 3), ("pipedream-2bw", 4, 2),
@@ -116,10 +116,7 @@ def train(rank: int, case: Case, parts: tuple[int, ...]) -> dict[str, Any]:
 def test_ranks_equal_the_oracle(case: Case) -> None:
     parts = (4, 1, 3)
     found = run_ranks(case.stages, train, case, parts)
-    oracle, micro_batches = make_oracle(case), data()
-    for windows in parts:
-        oracle.train(micro_batches, windows)
-    assert_equals_oracle(found, oracle)
+    assert_equals_oracle(found, oracle_of_parts(case, parts))
     stated = case.make().weight_versions
     assert [end["most"].get(stage, 1) for stage, end in enumerate(found)] == list(stated)
 
