@@ -62,11 +62,15 @@ def local_rank(rank: int) -> int:
     return 0 if chosen() in ("cuda", "nccl-shared") else rank
 
 
+def be_a_host(rank: int) -> None:
+    """NCCL refuses two ranks on one device of a host: each says that it is a host of its own."""
+    os.environ.update(NCCL_HOSTID=f"rank {rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+
+
 def settle_rank(rank: int) -> None:
     """In a rank's process, before it does anything: its GPU, and sums in one order."""
     if chosen() == "nccl-shared":
-        # NCCL refuses two ranks on one device of a host, so each says that it is a host of its own.
-        os.environ.update(NCCL_HOSTID=f"rank {rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+        be_a_host(rank)
     if on_gpu():
         torch.cuda.set_device(local_rank(rank))
         torch.use_deterministic_algorithms(True, warn_only=True)

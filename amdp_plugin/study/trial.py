@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -172,7 +173,7 @@ def run(setting: Setting, trial: Trial, progress: Callable[[int], None] = lambda
     device = torch.device(setting.device)
     place: Callable[[Any], Any] = lambda value: placed(value, lambda tensor: tensor.to(device))  # noqa: E731
     stages = [stage.to(device) for stage in problem.stages(setting.stages)]
-    evaluated = [stage.to(device) for stage in load(setting.model)(trial.seed).stages(setting.stages)]
+    evaluated = deepcopy(stages)
     every = max(1, trial.steps // VALIDATIONS)
     snapshots, validation = _Snapshots(setting.stages), list[tuple[int, float]]()
 

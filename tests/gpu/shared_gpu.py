@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from pathlib import Path
 
-rank = os.environ["RANK"]
-# NCCL refuses two ranks on one device of a host, so each says that it is a host of its own.
-os.environ.update(LOCAL_RANK="0", NCCL_HOSTID=f"rank {rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+sys.path.insert(1, str(Path(__file__).parents[2]))
+from tests.devices import be_a_host
+
+os.environ["LOCAL_RANK"] = "0"
+be_a_host(int(os.environ["RANK"]))
 sys.argv = sys.argv[1:]
 if sys.argv[0] == "-m":
     sys.argv = sys.argv[1:]
