@@ -15,6 +15,30 @@ from .plan.schedules.options import COMMON, CommonOptions, read_value
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a job wants all stages to decide at every update.
+
+    Args:
+        norm: a norm to clip by.
+        exact: what no stage can decide by what it knows already: a loss scale, or the gradient of a weight that several
+            stages hold.
+    """
+
+    norm: bool = False
+    exact: bool = False
+
+    def decisions(self, schedule: Schedule) -> str:
+        """How a free-running ``schedule`` decides where its user leaves that open: in a meeting where nothing less will
+        do and its stages can meet, else without anybody waiting."""
+        if self.exact and schedule.reduces:
+            return "meeting"
+        return "latest" if self.norm else "local"
+
+
+NOTHING = Needs()
+
+
+@dataclass(frozen=True)
 class ScheduleSettings(CommonOptions):
     """Which schedule to run, and what it was told.
 
@@ -37,23 +61,25 @@ class ScheduleSettings(CommonOptions):
             stage_costs=self.stage_costs or (),
         )
 
-    def make(self, num_stages: int, micro_batches: int, meet: bool = False) -> Schedule:
+    def make(self, num_stages: int, micro_batches: int, needs: Needs = NOTHING) -> Schedule:
         """The schedule for a pipeline of ``num_stages`` and windows (optimizer steps) of ``micro_batches``.
 
         Args:
-            meet: whether the job wants one decision of all stages at every update (a norm, a loss scale, a tied
-                weight). Schedules that leave it open (``"updates": "auto"``) then update together.
+            needs: what the job wants all stages to decide. It says which way ``"decisions": "auto"`` is.
 
         Raises:
             ValueError: when the numbers make no schedule.
         """
-        chosen, updates = dict(self.options), schedules.options(self.name).get("updates")
-        if meet and updates is not None and chosen.get("updates", updates.default) == "auto":
-            chosen["updates"] = "together"
-        return schedules.make(
-            self.name, num_stages, micro_batches, compensation=self.compensation, strength=self.strength,
-            flush_first=self.flush_first, **chosen,
-        )  # fmt: skip
+        told = dict(compensation=self.compensation, strength=self.strength, flush_first=self.flush_first)
+        made = schedules.make(
+            self.name, num_stages, micro_batches, **told, decisions=self.decisions, **self.options  # type: ignore[arg-type]
+        )
+        if self.decisions != "auto" or made.updates_meet:
+            return made
+        decisions = needs.decisions(made)
+        if decisions == made.decisions:
+            return made
+        return schedules.make(self.name, num_stages, micro_batches, **told, decisions=decisions, **self.options)  # type: ignore[arg-type]
 
 
 def read_schedule(section: Any, where: str) -> ScheduleSettings:

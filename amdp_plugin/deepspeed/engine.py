@@ -26,7 +26,7 @@ from .feedback import error_feedback
 from .guests import build_replicas, layers, sum_dtype
 from .instructions import RunAction, WindowSchedule
 from .losses import broken, summed
-from .meeting import StageGrid, clip_by_whole_norm, groups_of, make_stage_local, must_meet
+from .meeting import StageGrid, clip_by_whole_norm, groups_of, make_stage_local, needs, norm_by
 from .random_state import GENERATORS
 from .worker import EngineWorker
 
@@ -251,6 +251,16 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._exec_load_micro_batch(buffer_id)
         self._loading = None
 
+    @contextmanager
+    def deciding(self, update: Action) -> Iterator[None]:
+        """Let gradients be clipped, in this update, by the norm that the schedule's decisions say."""
+        decisions = self.pipeline.decisions
+        if decisions is None or self.gradient_clipping() <= 0:
+            yield
+            return
+        with decisions.update(update) as whole, norm_by(whole, self.optimizer, self._norm_grid):
+            yield
+
     def report_losses(self, window: int, direction: int) -> None:
         """On the last stage of ``direction``: average its losses as DeepSpeed does, and send them to all ranks."""
         numbers = self.executor.schedule.micro_batches_of(window, direction)
@@ -292,8 +302,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         return (self.stage_id, *self.__dict__.get("guests", ()))
 
     def _make_schedule(self, micro_batches: int) -> Schedule:
-        meet = must_meet(self.module, self.gradient_clipping(), self.fp16_enabled())
-        return self.settings.make(self.num_stages, micro_batches, meet)
+        wanted = needs(self.module, self.gradient_clipping(), self.fp16_enabled())
+        return self.settings.make(self.num_stages, micro_batches, wanted)
 
     def _num_buffers(self, schedule: Schedule) -> int:
         """The most micro-batches that are in flight on the home stage at once."""
@@ -312,7 +322,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         schedule = self.pipeline.schedule
         worker = EngineWorker(self, schedule, self._num_buffers(schedule))
         self.pipeline.start(worker, self.global_steps, [self.module, *self.guests.values()])
-        lines = [clipping_line(self.gradient_clipping(), schedule.updates_meet)]
+        lines = [clipping_line(self.gradient_clipping(), schedule)]
         if schedule.reduces or self.pipeline.planned.coefficient is not None:
             guests, plain = list(self.guests.values()), self.pipeline.feedback.bytes_kept()
             held = Held([self.module], guests, sum_dtype(self.optimizer), self.exchange_buffers(), plain)

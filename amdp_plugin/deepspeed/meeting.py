@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import nn
 
+from ..runtime.decisions import Whole, first_sum
+from ..settings import Needs
 
-def must_meet(model: PipelineModule, clipping: float, fp16: bool) -> bool:
-    """Whether the job wants one decision of all stages at every update: a norm, a loss scale or a tied weight."""
-    return bool(clipping > 0 or fp16 or tied_across_stages(model))
+
+def needs(model: PipelineModule, clipping: float, fp16: bool) -> Needs:
+    """What the job wants all stages to decide at every update."""
+    return Needs(norm=clipping > 0, exact=bool(fp16 or tied_across_stages(model)))
 
 
 def tied_across_stages(model: PipelineModule) -> list[str]:
@@ -57,6 +62,28 @@ def make_stage_local(optimizer: Any, grid: StageGrid) -> None:
         optimizer.model_parallel_group = grid.get_model_parallel_group()
         optimizer.model_parallel_world_size = grid.get_model_parallel_world_size()
         optimizer.model_parallel_rank = grid.get_model_parallel_rank()
+
+
+@contextmanager
+def norm_by(whole: Whole, optimizer: Any, grid: StageGrid) -> Iterator[None]:
+    """Within it the norm that ``optimizer``, or DeepSpeed in its place, takes of this stage's gradients is that of the
+    sum that ``whole`` makes of their squares."""
+    own_norm = getattr(optimizer, "scaled_global_norm", None)
+    if own_norm is None:
+        with first_sum(deepspeed.comm, grid.get_model_parallel_group(), deepspeed.comm.ReduceOp.SUM, whole):
+            yield
+        return
+
+    def norm(*args: Any, **kwargs: Any) -> torch.Tensor:
+        squares = own_norm(*args, **kwargs).square()
+        whole(squares)
+        return squares.sqrt()
+
+    optimizer.scaled_global_norm = norm
+    try:
+        yield
+    finally:
+        del optimizer.scaled_global_norm
 
 
 @torch.no_grad()

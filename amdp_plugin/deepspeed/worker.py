@@ -7,6 +7,7 @@ schedules, so that timers, activation checkpointing, bf16 and ZeRO-1 go on as th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from deepspeed.pipe import PipelineModule
@@ -37,6 +38,7 @@ class StageEngine(Protocol):
     grad_layer: Any
 
     def load(self, batch: Any, buffer_id: int) -> None: ...
+    def deciding(self, update: Action) -> AbstractContextManager[None]: ...
     def report_losses(self, window: int, direction: int) -> None: ...
     def _reentrant_activation_checkpointing(self) -> bool: ...
     def _exec_forward_pass(self, buffer_id: int) -> None: ...
@@ -132,7 +134,8 @@ class EngineWorker(StagesWorker):
         with live_update(self._engine.module.parameters()), feedback.stepping(self.runs_freely(action)):
             self._engine._exec_reduce_tied_grads()
             self._engine._exec_reduce_grads()
-            self._engine._exec_optimizer_step()
+            with self._engine.deciding(action):
+                self._engine._exec_optimizer_step()
 
     def end_of_backwards(self, window: int, direction: int) -> None:
         self._engine.report_losses(window, direction)

@@ -17,7 +17,7 @@ from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_t
 from ..runtime.executor import Executor
 from ..runtime.pipeline import Pipeline, Site
 from ..runtime.runnable import check_homes, check_runnable
-from ..settings import ScheduleSettings
+from ..settings import Needs, ScheduleSettings
 from .feedback import error_feedback
 from .guests import ModelProvider, bare, build_guests, build_replicas, sum_dtype
 from .losses import WindowReports
@@ -241,7 +241,7 @@ class ScheduledForwardBackward:
         self._reports = WindowReports(self.pipeline)
         worker = ChunksWorker(self.pipeline, chunks, self._rank, self._steps, lambda: self._call, self._reports.collect)
         self.pipeline.start(worker, window, chunks.values())
-        lines = [clipping_line(self._clipping, schedule.updates_meet), *self.notices]
+        lines = [clipping_line(self._clipping, schedule), *self.notices]
         if schedule.reduces or self.pipeline.planned.coefficient is not None:
             guests, plain = list(self.guests.values()), self.pipeline.feedback.bytes_kept()
             held = Held([self._chunk], guests, sum_dtype(self._chunk), self.pipeline.exchange_buffers(), plain)
@@ -250,8 +250,8 @@ class ScheduledForwardBackward:
             print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)
 
     def _make_schedule(self, micro_batches: int) -> Schedule:
-        meet = self._clipping > 0 or self._fp16 or self._tied
-        return self.settings.make(self._num_stages, micro_batches, meet)
+        needs = Needs(norm=self._clipping > 0, exact=self._fp16 or self._tied)
+        return self.settings.make(self._num_stages, micro_batches, needs)
 
     def _check(self, schedule: Schedule) -> Schedule:
         check_runnable(schedule)

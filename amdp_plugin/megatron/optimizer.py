@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ..runtime.decisions import Whole, first_sum
 from .stage_view import accepted
 
 StepResult = tuple[bool, float | None, int | None]
@@ -44,11 +46,23 @@ class OptimizerSteps:
         ):
             owner.__dict__.pop(name, None)
 
-    def run(self, finalize: Callable[[], None]) -> None:
-        """Step with the gradients that ``finalize`` reduces over the replicas of the job, then begin a new sum."""
+    def run(self, finalize: Callable[[], None], deciding: AbstractContextManager[Any]) -> None:
+        """Step, within ``deciding``, with the gradients that ``finalize`` reduces over the replicas of the job; then
+        begin a new sum."""
         finalize()
-        self.result = self._step()
+        with deciding:
+            self.result = self._step()
         self._zero()
+
+    @contextmanager
+    def norm_by(self, update: AbstractContextManager[Whole]) -> Iterator[None]:
+        """Within it gradients are clipped by the norm of the sum that ``update`` makes of their squares."""
+        if self._optimizer.config.clip_grad <= 0:
+            yield
+            return
+        group = next(members(self._optimizer)).get_grad_stats_parallel_group()
+        with update as whole, first_sum(dist, group, dist.ReduceOp.SUM, whole):
+            yield
 
     def _zero(self) -> None:
         self._zero_buffer()

@@ -148,7 +148,7 @@ def check_common_decisions(settings: ScheduleSettings, schedule: Schedule, tied:
     """
     if schedule.updates_meet:
         return
-    meets = "a schedule whose updates meet (amdp with updates together, 1f1b, chimera)"
+    meets = "a schedule whose updates meet (amdp with decisions in a meeting, 1f1b, chimera)"
     if tied:
         refuse(
             settings.name,

@@ -7,7 +7,7 @@ recomputation, tensor and sequence parallelism, bf16 and the distributed optimiz
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,6 +78,7 @@ class ChunksWorker(StagesWorker):
         report: Callable[[int, int], None],
     ) -> None:
         super().__init__(pipeline.schedule, pipeline.feed, pipeline.random_streams, pipeline.losses, pipeline.replicas)
+        self._pipeline = pipeline
         self._chunks, self._home, self._steps, self._call, self._report = chunks, home, steps, call, report
         self._config, self._watch, self._feedback = get_model_config(chunks[home]), pipeline.watch, pipeline.feedback
         self._in_flight: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
@@ -150,7 +151,12 @@ class ChunksWorker(StagesWorker):
         home = self._chunks[self._home]
         reduction = partial(reduce_gradients, self._config, home, bool(self.replicas), **self._call().reduction)
         with live_update(home.parameters()), self._feedback.stepping(self.runs_freely(action)):
-            self._steps.run(reduction)
+            self._steps.run(reduction, self._deciding(action))
+
+    def _deciding(self, update: Action) -> AbstractContextManager[Any]:
+        """Gradients are clipped, in this update, by the norm that the schedule's decisions say."""
+        decisions = self._pipeline.decisions
+        return nullcontext() if decisions is None else self._steps.norm_by(decisions.update(update))
 
     def _synchronization(self, action: Action) -> Any:
         """Reductions over data-parallel replicas may begin within a window's last backward, where the job overlaps

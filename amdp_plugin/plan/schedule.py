@@ -11,7 +11,8 @@ What every action needs before it may run, what it sends to another rank, and wh
 | ``U(s, k)`` | the home | ``R(s, k)``, or its own backwards | weights for the guests' ``U(s, k)`` | all homes |
 | ``U(s, k)`` | a guest | ``U(s, k)`` of the home | | |
 
-Homes meet only where a schedule's updates are ``together``, and then need this for all the stages at home there.
+Homes meet only where a schedule's decisions are made in a ``meeting``, and then need this for all the stages at home
+there. Where decisions are the ``latest``, an update also takes a sum of every other stage, see :mod:`.decisions`.
 
 :meth:`Schedule.dependencies`, :meth:`Schedule.message` and :meth:`Schedule.meeting` say it, and whoever orders,
 checks, times or runs actions asks them.
@@ -37,6 +38,7 @@ be started, in mean forwards of a stage."""
 
 WEIGHTS = ("latest", "stashed", "previous")
 COMPENSATIONS = ("none", "error_feedback")
+DECISIONS = ("local", "latest", "meeting")
 
 
 def backward_first(action: Action, since: float) -> tuple[int, int]:
@@ -80,8 +82,10 @@ class Schedule:
 
         update_delay: backwards of the next window that a rank may run on a stage, at most, before the update
             of the closed window; above 0 the closed window's gradient is parked meanwhile.
-        together: whether the homes' updates of a window are one meeting: every home enters with its own, and
-            none goes on before the last has entered (exact global gradient norms, a common loss scale).
+        decisions: how stages decide what concerns all of them, such as a norm to clip by. ``"local"``: each for itself.
+            ``"latest"``: each by its own sum and the latest that it knows of the others without waiting, see
+            :mod:`.decisions`. ``"meeting"``: the homes' updates of a window are one meeting: every home enters with
+            its own, and none goes on before the last has entered (the exact norm, a common loss scale).
 
         priorities: the orders to choose from, by trial under the costs at hand, what a rank starts.
         alternatives: like schedules that need less memory, the least first. A planner takes the first that is
@@ -112,7 +116,7 @@ class Schedule:
     strength: float = 1.0
 
     update_delay: int = 0
-    together: bool = False
+    decisions: str = "local"
 
     priorities: tuple[Priority, ...] = (backward_first,)
     alternatives: tuple[Schedule, ...] = ()
@@ -143,6 +147,8 @@ class Schedule:
             raise ValueError(f"{self.name}: every stage must admit at least one micro-batch, got {self.in_flight}")
         self._check_weights()
         self._check_compensation()
+        if self.decisions not in DECISIONS:
+            raise ValueError(f"{self.name}: decisions are {', '.join(DECISIONS)}; got {self.decisions!r}")
         if self.update_delay < 0:
             raise ValueError(f"{self.name}: update_delay counts backwards, at least 0; got {self.update_delay}")
         if self.flush_every and self.update_delay:
@@ -204,6 +210,11 @@ class Schedule:
     def reduces(self) -> bool:
         """Whether some stage lives on several ranks, so that their gradients must meet."""
         return any(len(holders) > 1 for holders in self.placement.holders)
+
+    @property
+    def together(self) -> bool:
+        """Whether the updates of a window are one meeting."""
+        return self.decisions == "meeting"
 
     @property
     def updates_meet(self) -> bool:

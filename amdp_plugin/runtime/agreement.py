@@ -21,6 +21,12 @@ NO_TEXT = ("priorities", "alternatives", "smaller")
 """Fields of a schedule that hold functions: what they lead to is in the program."""
 PLANNING_RANK = 0
 """The rank, in the group of the pipeline, that plans for all."""
+CLIPPING = {
+    "local": "each stage by its own norm",
+    "latest": "the whole model, as far as each stage knows it when it updates (earlier stages: of the window before)",
+    "meeting": "the whole model",
+}
+"""By which norm gradients are clipped, under each way to decide."""
 FAILED = -1
 """Told instead of the length of a program: what follows is the reason why there is none."""
 
@@ -150,11 +156,11 @@ def memory_table(held: Held, group: dist.ProcessGroup, device: torch.device) -> 
     ]
 
 
-def clipping_line(limit: float, updates_meet: bool) -> str:
+def clipping_line(limit: float, schedule: Schedule) -> str:
     """By which norm gradients are clipped."""
     if limit <= 0:
         return "gradient clipping: off"
-    scope = "the whole model" if updates_meet else "each stage by its own norm"
+    scope = "the whole model" if schedule.updates_meet else CLIPPING[schedule.decisions]
     return f"gradient clipping: {scope}, at {limit}"
 
 

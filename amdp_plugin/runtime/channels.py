@@ -17,6 +17,7 @@ from .transport import (
     HEADER_TAG,
     REPORT_TAG,
     SIGNATURE_TAG,
+    SUM_TAG,
     Incoming,
     Transport,
 )
@@ -208,6 +209,15 @@ class Channels:
         """The next report of ``sender`` about ``direction``, float64 [length]."""
         target, tag = torch.zeros(length, dtype=torch.float64), REPORT_TAG + CONTROL_TAGS * direction
         return self._receive_control(target, sender, tag, "receiving a report", self._watch.last_done)
+
+    def send_sum(self, receiver: int, value: float, action: Action) -> None:
+        """Send what the stage of the update ``action`` has summed up."""
+        self._send_control(torch.tensor([value], dtype=torch.float64), receiver, SUM_TAG, action)
+
+    def receive_sum(self, sender: int, action: Action | None) -> float:
+        """The next sum of ``sender``, which ``action`` takes."""
+        target = torch.zeros(1, dtype=torch.float64)
+        return self._receive_control(target, sender, SUM_TAG, "receiving a sum", action).item()
 
     # How
 

@@ -13,6 +13,7 @@ from ..plan.planner import Planner
 from ..plan.postings import Postings, shifted
 from ..plan.schedule import Schedule
 from .channels import Channels, Tensors
+from .decisions import Decisions
 from .exchange import Exchange
 from .kept_weights import KeptWeights
 from .timeline import Timeline
@@ -78,6 +79,7 @@ class Executor:
         watch: what is being done and waited for.
         exchange: gradients and weights of stages that several ranks hold; ``None`` where there are none.
         opening: the program of :meth:`.Schedule.opening`, where the schedule has one.
+        decisions: sums of other stages, where updates take some.
     """
 
     def __init__(
@@ -89,9 +91,10 @@ class Executor:
         watch: Watch,
         exchange: Exchange | None = None,
         opening: Planner | None = None,
+        decisions: Decisions | None = None,
     ) -> None:
         self.planner, self.schedule, self.rank = planner, planner.schedule, rank
-        self._opening = opening
+        self._opening, self._decisions = opening, decisions
         self._worker, self._channels, self._watch, self._exchange = worker, channels, watch, exchange
         self._last_stage = self.schedule.num_stages - 1
         self.versions = dict.fromkeys(self.schedule.placement.stages[rank], 0)
@@ -127,6 +130,8 @@ class Executor:
         opens = self.window < self.schedule.flush_first
         self._running = self._opening if self._opening is not None and opens else self.planner
         self._base = self.window
+        if self._decisions is not None:
+            self._decisions.begin(self.window)
 
     def run_window(self) -> None:
         """Execute one window. Raises ``StopIteration``, with nothing lost, when there is no data for it."""
@@ -192,6 +197,8 @@ class Executor:
         micro-batch is lost, and random state and buffers are as if no cancelled forward had run. All
         ranks of the pipeline must call it between the same two windows.
         """
+        if self._decisions is not None:
+            self._decisions.drain(self.window)
         if self._channels is not None:
             for window, direction in self._headers:
                 self._receive_header(window, direction)

@@ -25,6 +25,7 @@ from ..plan.report import Report, report
 from ..plan.schedule import Schedule
 from .agreement import plan_together
 from .channels import Channels
+from .decisions import Decisions
 from .device import device_of
 from .exchange import Exchange, gradient_links, weight_links
 from .executor import Executor, Worker, keep_sent
@@ -80,6 +81,7 @@ class Pipeline:
     Attributes:
         executor: runs the program; there after :meth:`start`.
         planned: the figures of the program; likewise.
+        decisions: what its updates take of the other stages; ``None`` where that is nothing.
         feedback: what this rank's own stage computes with, and what its optimizer goes on from.
 
     Raises:
@@ -87,6 +89,7 @@ class Pipeline:
     """
 
     executor: Executor
+    decisions: Decisions | None = None
     planned: Report
     feedback: ErrorFeedback
 
@@ -162,9 +165,13 @@ class Pipeline:
             self.channels = Channels(
                 transport, self.watch, keep_sent(schedule), site.dynamic_shapes, site.shapes_hint
             )
+        self.decisions = None
+        if schedule.decisions == "latest" and self.channels is not None:
+            self.decisions = Decisions(self._planner, self._opening, self.site.rank, self.channels, self.watch)
         self.executor = Executor(
-            self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange, self._opening
-        )
+            self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange, self._opening,
+            self.decisions,
+        )  # fmt: skip
         self.executor.restart(window)
 
     def replan(self, schedule: Schedule) -> None:

@@ -79,7 +79,7 @@ def test_tied_layers_in_several_directions(stages: int, size: int, optimizer: st
     found = run_ranks(stages, train_tied, job)
     inner = middles(stages)
     parts = [nn.Sequential(Words(), inner[0]), *inner[1:-1], Last(inner[-1])]
-    schedule = make("amdp", stages, size, updates="together")
+    schedule = make("amdp", stages, size, decisions="meeting")
     ends: list[nn.Parameter] = []
 
     def make_optimizer(masters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -181,7 +181,7 @@ def test_fp16_under_1f1b_is_stock() -> None:
 def test_gradients_of_guests_have_the_loss_scale_too() -> None:
     """The first update is that of 1F1B, but for the rounding of sums in fp16."""
     config = {**FP16, "fp16": {"enabled": True, "loss_scale": 128.0}, "gradient_clipping": 0.0}
-    job = Job({"name": "amdp", "updates": "together"}, 4, 4, config=config, dtype=torch.float16, windows=1)
+    job = Job({"name": "amdp", "decisions": "meeting"}, 4, 4, config=config, dtype=torch.float16, windows=1)
     found = run_ranks(4, train_fp16, job)
     flushed = run_ranks(4, train_fp16, replace(job, schedule="1f1b"))
     before = run_ranks(4, train_fp16, replace(job, schedule="1f1b", windows=0))

@@ -115,7 +115,7 @@ def test_decisions_common_to_all_stages_are_refused_where_they_do_not_meet() -> 
         check_arguments(tied, read_schedule(schedule, "here"))
         check_arguments(scaled, read_schedule(schedule, "here"))
     with pytest.raises(ValueError, match="tied embeddings"):
-        check_arguments(tied, read_schedule({"name": "amdp", "updates": "independent"}, "here"))
+        check_arguments(tied, read_schedule({"name": "amdp", "decisions": "local"}, "here"))
 
 
 def test_windows_that_a_schedule_cannot_have() -> None:

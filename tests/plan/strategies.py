@@ -60,7 +60,7 @@ def made(
         max_gap=(every - 1 if every else max_gap,) * stages,
         priorities=(priority,),
         update_delay=update_delay,
-        together=together,
+        decisions="meeting" if together else "local",
     )
 
 

@@ -67,7 +67,7 @@ def test_paci_with_error_feedback(stages: int, size: int, optimizer: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("stages", "size", "options"), [(2, 2, {}), (4, 8, {}), (4, 4, {"updates": "together"})])
+@pytest.mark.parametrize(("stages", "size", "options"), [(2, 2, {}), (4, 8, {}), (4, 4, {"decisions": "meeting"})])
 def test_amdp_with_error_feedback(stages: int, size: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     """Guests get what their home computes with."""
     check(Case("amdp", stages, size, "plain", "adamw", dtype, options=(*options.items(), *FEEDBACK)))

@@ -20,6 +20,6 @@ def chimera(num_stages: int, micro_batches: int) -> Schedule:
         in_flight=tuple(min(num_stages - stage, max(1, micro_batches // 2)) for stage in range(num_stages)),
         max_gap=(0,) * num_stages,
         priorities=(backward_first, oldest_first),
-        together=True,
+        decisions="meeting",
         smaller=lambda stages: chimera(stages, max(1, round(micro_batches * stages / num_stages / 2)) * 2),
     )

@@ -1,0 +1,122 @@
+"""Sums over all stages without a collective: each stage tells its own to those that use it, in small messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import inf
+from typing import Any
+
+from torch import Tensor
+
+from ..plan.action import UPDATE, Action
+from ..plan.decisions import sums_of, windows_ago
+from ..plan.planner import Planner
+from .channels import Channels
+from .watch import Watch
+
+Whole = Callable[[Tensor], None]
+"""Takes a stage's own sum, of one element, and makes it that of all stages, in place."""
+
+
+class Decisions:
+    """The sums that the updates of one rank's own stage take and give, where a schedule's decisions are the latest.
+
+    Args:
+        planner: the program.
+        opening: that of the first windows, where it is another.
+        stage: the stage that is at home on this rank.
+        channels: small messages.
+        watch: what is being done and waited for.
+    """
+
+    def __init__(
+        self, planner: Planner, opening: Planner | None, stage: int, channels: Channels, watch: Watch
+    ) -> None:
+        self._schedule, self._stage, self._channels, self._watch = planner.schedule, stage, channels, watch
+        self._programs = [None if each is None else windows_ago(each) for each in (opening, planner)]
+        self.begin(0)
+
+    def begin(self, window: int) -> None:
+        """Nothing is in flight: a program begins with ``window``, and nobody knows anything of another stage."""
+        opens, first = window < self._schedule.flush_first, self._schedule.flush_first
+        self._ago, self._base, self._end = self._programs[not opens], window, first if opens else inf
+
+    @contextmanager
+    def update(self, action: Action) -> Iterator[Whole]:
+        """Around an update. Where its host does not ask for the sum, since it has found its own gradient broken, the
+        others are told: their sums are infinite then, too."""
+        asked = False
+
+        def whole(own: Tensor) -> None:
+            nonlocal asked
+            if not asked:
+                asked = True
+                own.fill_(self._whole(action, self._watch.fetch(own, "a sum of gradients").item()))
+
+        yield whole
+        if not asked:
+            self._whole(action, inf)
+
+    def drain(self, window: int) -> None:
+        """Receive and drop what has been sent for updates of ``window`` and later ones, none of which has begun."""
+        for later in range(window, window + 1 + max(self._late, default=0)):
+            for other, known in self._taken(Action(self._stage, UPDATE, later)):
+                if known < window:
+                    self._channels.receive_sum(self._home(other), None)
+
+    def _whole(self, action: Action, own: float) -> float:
+        """Tell ``own`` to those that use it; the sum over all stages, in their order, of which something is known."""
+        for stage, late in enumerate(self._lateness_at_others):
+            if stage != self._stage and action.index + late < self._end:
+                self._channels.send_sum(self._home(stage), own, action)
+        sums = {self._stage: own}
+        for other, _ in self._taken(action):
+            sums[other] = self._channels.receive_sum(self._home(other), action)
+        return sum(sums[stage] for stage in sorted(sums))
+
+    def _taken(self, action: Action) -> Iterator[tuple[int, int]]:
+        """(other stage, window) of the sums that an update takes."""
+        assert self._ago is not None
+        for other, known in sums_of(self._ago, action):
+            if known >= self._base and action.index < self._end:
+                yield other, known
+
+    @property
+    def _late(self) -> tuple[int, ...]:
+        assert self._ago is not None
+        return self._ago[self._stage]
+
+    @property
+    def _lateness_at_others(self) -> list[int]:
+        assert self._ago is not None
+        return [row[self._stage] for row in self._ago]
+
+    def _home(self, stage: int) -> int:
+        return self._schedule.placement.home(stage)
+
+
+@contextmanager
+def first_sum(owner: Any, group: Any, total: Any, whole: Whole) -> Iterator[None]:
+    """Within it ``whole`` gets the result of the first sum over ``group``, which a host makes of a stage's own.
+
+    Args:
+        owner: where the host looks up ``all_reduce``.
+        total: the operation of a sum, as the host names it.
+    """
+    all_reduce, heard = owner.all_reduce, False
+
+    def hearing(tensor: Tensor, op: Any = total, group_: Any = None, *others: Any, **named: Any) -> Any:
+        nonlocal heard
+        over = named.pop("group", group_)
+        result = all_reduce(tensor, op, over, *others, **named)
+        if over is group and op == total and not heard:
+            heard = True
+            whole(tensor)
+        return result
+
+    owner.all_reduce = hearing
+    try:
+        yield
+    finally:
+        owner.all_reduce = all_reduce
