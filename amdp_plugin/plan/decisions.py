@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from .action import BACKWARD, REDUCE, UPDATE, Action
-from .laws import PROGRESS, breach
+from .laws import PROGRESS, WINDOWS, ProgramError, breach
 from .planner import Planner
 from .play import Stuck, play
 from .program import Program
@@ -29,10 +29,10 @@ def windows_ago(planner: Planner) -> WindowsAgo | None:
     """What every update takes of the others; ``None`` where each stage decides for itself, or all meet.
 
     It is one number for a pair of stages, whatever the window. In the windows after a start with an empty pipeline
-    there may be no such sum yet, and an update does without it.
+    there may be no such sum yet, and an update does without it. Of relayed decisions all are 0.
     """
     schedule = planner.schedule
-    if schedule.decisions != "latest":
+    if schedule.decisions not in ("latest", "relayed"):
         return None
     program = planner.program(planner.settled_windows().stop)
     stages = range(schedule.num_stages)
@@ -53,19 +53,25 @@ def sums_of(ago: WindowsAgo, action: Action) -> Iterator[tuple[int, int]]:
 
 
 def check_decisions(program: Program, ago: WindowsAgo) -> None:
-    """Law 3, of sums: no update waits for ever for those that it takes, each of which comes with another update.
+    """Law 3, of sums: no update waits for ever for those that it takes; and relayed ones are of its own window.
 
     Raises:
-        ProgramError: naming an update and what it waits for.
+        ProgramError: naming an update and what it waits for, or stages that know too little of each other.
     """
     schedule = program.schedule
+    if schedule.decisions == "relayed" and any(map(any, ago)):
+        stage, other = next((stage, late.index(max(late))) for stage, late in enumerate(ago) if any(late))
+        raise ProgramError(
+            f"{schedule.name} breaks {WINDOWS}: decisions are relayed, and stage {stage} knows the sum of stage "
+            f"{other} only {max(ago[stage])} windows late",
+            WINDOWS.number,
+        )
 
     def sums(rank: int, action: Action) -> Iterator[Place]:
         if action.kind == UPDATE and rank == schedule.placement.home(action.stage):
             for other, window in sums_of(ago, action):
                 if window >= 0:
-                    home = schedule.placement.home(other)
-                    yield from schedule.dependencies(home, Action(other, UPDATE, window))
+                    yield from schedule.gathered(other, window)
 
     try:
         deque(play(program, sums), maxlen=0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..plan.action import BACKWARD, FORWARD, Action
+from ..plan.schedule import Schedule
 from .torch_private import storage_uses
 from .transport import (
     ACTIVATION_TAG,
@@ -88,6 +89,15 @@ class BufferPool:
     def clear(self) -> None:
         """Let go of all buffers (when shapes change)."""
         self._free.clear()
+
+
+def keep_sent(schedule: Schedule) -> int:
+    """Messages from one rank to another after which the oldest has certainly been received.
+
+    Between the two there is at most one link a direction, with at most as many messages as may be in flight.
+    One more, and some direction has had an answer to a message sent after the oldest; messages are received in order.
+    """
+    return schedule.placement.directions * max(schedule.in_flight) + 1
 
 
 class _Inbox:

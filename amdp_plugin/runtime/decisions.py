@@ -20,7 +20,10 @@ Whole = Callable[[Tensor], None]
 
 
 class Decisions:
-    """The sums that the updates of one rank's own stage take and give, where a schedule's decisions are the latest.
+    """The sums that the updates of one rank's own stage take and give, where a schedule's decisions travel.
+
+    Where they are relayed, a stage tells its sum when its window has closed, :meth:`tell`; else when its update asks
+    for that of all.
 
     Args:
         planner: the program.
@@ -34,6 +37,7 @@ class Decisions:
         self, planner: Planner, opening: Planner | None, stage: int, channels: Channels, watch: Watch
     ) -> None:
         self._schedule, self._stage, self._channels, self._watch = planner.schedule, stage, channels, watch
+        self.relayed = planner.schedule.decisions == "relayed"
         self._programs = [None if each is None else windows_ago(each) for each in (opening, planner)]
         self.begin(0)
 
@@ -41,22 +45,42 @@ class Decisions:
         """Nothing is in flight: a program begins with ``window``, and nobody knows anything of another stage."""
         opens, first = window < self._schedule.flush_first, self._schedule.flush_first
         self._ago, self._base, self._end = self._programs[not opens], window, first if opens else inf
+        self._told: dict[int, float] = {}
+
+    def tell(self, update: Action, own: Tensor | float) -> None:
+        """Tell this stage's sum for the window of ``update``, of one element, to those that use it."""
+        value = self._watch.fetch(own, "a sum of gradients").item() if isinstance(own, Tensor) else own
+        self._told[update.index] = value
+        for stage, late in enumerate(self._lateness_at_others):
+            if stage != self._stage and update.index + late < self._end:
+                self._channels.send_sum(self._home(stage), value, update)
 
     @contextmanager
     def update(self, action: Action) -> Iterator[Whole]:
         """Around an update. Where its host does not ask for the sum, since it has found its own gradient broken, the
         others are told: their sums are infinite then, too."""
-        asked = False
+        total: float | None = None
 
         def whole(own: Tensor) -> None:
-            nonlocal asked
-            if not asked:
-                asked = True
-                own.fill_(self._whole(action, self._watch.fetch(own, "a sum of gradients").item()))
+            nonlocal total
+            if total is None:
+                if not self.relayed:
+                    self.tell(action, own)
+                total = self._total(action)
+            own.fill_(total)
 
         yield whole
-        if not asked:
-            self._whole(action, inf)
+        if total is None:
+            if not self.relayed:
+                self.tell(action, inf)
+            self._total(action)
+
+    def _total(self, action: Action) -> float:
+        """The sum over all stages, in their order, of which something is known."""
+        sums = {self._stage: self._told.pop(action.index)}
+        for other, _ in self._taken(action):
+            sums[other] = self._channels.receive_sum(self._home(other), action)
+        return sum(sums[stage] for stage in sorted(sums))
 
     def drain(self, window: int) -> None:
         """Receive and drop what has been sent for updates of ``window`` and later ones, none of which has begun."""
@@ -64,16 +88,6 @@ class Decisions:
             for other, known in self._taken(Action(self._stage, UPDATE, later)):
                 if known < window:
                     self._channels.receive_sum(self._home(other), None)
-
-    def _whole(self, action: Action, own: float) -> float:
-        """Tell ``own`` to those that use it; the sum over all stages, in their order, of which something is known."""
-        for stage, late in enumerate(self._lateness_at_others):
-            if stage != self._stage and action.index + late < self._end:
-                self._channels.send_sum(self._home(stage), own, action)
-        sums = {self._stage: own}
-        for other, _ in self._taken(action):
-            sums[other] = self._channels.receive_sum(self._home(other), action)
-        return sum(sums[stage] for stage in sorted(sums))
 
     def _taken(self, action: Action) -> Iterator[tuple[int, int]]:
         """(other stage, window) of the sums that an update takes."""

@@ -11,22 +11,12 @@ from torch import nn
 from ..plan.action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from ..plan.planner import Planner
 from ..plan.postings import Postings, shifted
-from ..plan.schedule import Schedule
 from .channels import Channels, Tensors
 from .decisions import Decisions
 from .exchange import Exchange
 from .kept_weights import KeptWeights
 from .timeline import Timeline
 from .watch import Watch
-
-
-def keep_sent(schedule: Schedule) -> int:
-    """Messages from one rank to another after which the oldest has certainly been received.
-
-    Between the two there is at most one link a direction, with at most as many messages as may be in flight.
-    One more, and some direction has had an answer to a message sent after the oldest; messages are received in order.
-    """
-    return schedule.placement.directions * max(schedule.in_flight) + 1
 
 
 class Worker(Protocol):
@@ -41,6 +31,9 @@ class Worker(Protocol):
     def backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
         """Accumulate the gradients of one micro-batch. Takes those of the forward's floating-point outputs
         (``None`` on the last stage), returns those of its floating-point inputs (``None`` on the first)."""
+
+    def park(self, update: Action) -> None:
+        """The window of ``update`` has closed; its gradient is put aside until then."""
 
     def update(self, action: Action) -> None:
         """At the home of a stage: apply the window's mean gradient to it, under the graphs that are alive."""
@@ -181,6 +174,7 @@ class Executor:
         """All actions of the window that :meth:`open_window` began are done."""
         self.window += 1
         if self._running is self._opening and self.window == self.schedule.flush_first:
+            self._catch_up()
             self._begin_program()
         self._watch.in_first_window = False
         for messages in (self._channels, self._exchange):
@@ -191,12 +185,13 @@ class Executor:
         self._read = {key: has for key, has in self._read.items() if key[0] >= self.window}
 
     def quiesce(self) -> None:
-        """Cancel what is in flight, between two windows.
+        """Make the updates that are still to come of windows that have closed, and cancel what is in flight.
 
         Afterwards every stage is at the same version and the next window fills the pipeline anew. No
         micro-batch is lost, and random state and buffers are as if no cancelled forward had run. All
         ranks of the pipeline must call it between the same two windows.
         """
+        self._catch_up()
         if self._decisions is not None:
             self._decisions.drain(self.window)
         if self._channels is not None:
@@ -209,6 +204,12 @@ class Executor:
         snapshots = [state for (window, _), state in self._snapshots.items() if window == self.window]
         self._worker.cancel(list(self._in_flight), self._early, snapshots)
         self.restart(self.window)
+
+    def _catch_up(self) -> None:
+        """Make the updates of windows that have closed which stand in a later one."""
+        for stage in self.versions:
+            while self.versions[stage] < self.window:
+                self._update(Action(stage, UPDATE, self.versions[stage]))
 
     def _row(self, rank: int) -> list[Action]:
         row = self._running.row(self.window - self._base, rank)
@@ -330,6 +331,10 @@ class Executor:
         self.largest_gap = max(self.largest_gap, version - forward)
         if stage > 0:
             self._send(action, input_gradients)
+        if self.schedule.decisions == "relayed" and self._closes_window(action):
+            update = Action(stage, UPDATE, action.window(self.schedule.micro_batches))
+            with self._computing(update):
+                self._worker.park(update)
         if action.window(self.schedule.micro_batches) > self.window:
             self._early.append(action)
         else:

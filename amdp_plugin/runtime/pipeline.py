@@ -24,11 +24,11 @@ from ..plan.planner import Planner
 from ..plan.report import Report, report
 from ..plan.schedule import Schedule
 from .agreement import plan_together
-from .channels import Channels
+from .channels import Channels, keep_sent
 from .decisions import Decisions
 from .device import device_of
 from .exchange import Exchange, gradient_links, weight_links
-from .executor import Executor, Worker, keep_sent
+from .executor import Executor, Worker
 from .feed import Feed
 from .feedback import ErrorFeedback
 from .groups import MAX_CHANNELS, channels_of_a_message
@@ -166,7 +166,7 @@ class Pipeline:
                 transport, self.watch, keep_sent(schedule), site.dynamic_shapes, site.shapes_hint
             )
         self.decisions = None
-        if schedule.decisions == "latest" and self.channels is not None:
+        if schedule.decisions in ("latest", "relayed") and self.channels is not None:
             self.decisions = Decisions(self._planner, self._opening, self.site.rank, self.channels, self.watch)
         self.executor = Executor(
             self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange, self._opening,

@@ -61,8 +61,8 @@ class SerialPipeline:
             default that of the parameters.
         before_step: called with a stage's master parameters, gradients set, before each step (to clip them); where
             a schedule's updates meet, once a window with those of all stages.
-        measure: where decisions are the latest: of a stage's gradients (``None`` where there is none), the number that
-            stages add up.
+        measure: where decisions are the latest or relayed: of a stage's gradients (``None`` where there is none), the
+            number that stages add up.
         decide: then called with a stage's master parameters, gradients set, and the sum, before each step.
 
     Attributes:
@@ -170,6 +170,9 @@ class SerialPipeline:
             action = action.shifted(first, size)
             if action.window(size) < first + windows:
                 self._run(rank, action)
+        for stage in range(len(self.stages)):
+            while self._closed[stage]:  # its update stands in a window that is not run
+                self._update(self.schedule.placement.home(stage), stage, self.versions[stage])
         for replicas in self._replicas:
             for replica in replicas.values():
                 replica.use(replica.version)

@@ -60,6 +60,10 @@ class StagesWorker(ABC):
         """The forward ``action`` is cancelled."""
 
     @abstractmethod
+    def park(self, update: Action) -> None:
+        """See :meth:`.Worker.park`."""
+
+    @abstractmethod
     def update(self, action: Action) -> None:
         """See :meth:`.Worker.update`."""
 

@@ -231,7 +231,10 @@ def test_clipping_by_what_is_known_of_all_stages(name: str, stages: int, size: i
     ("config", "modelled"),
     [
         ({"zero_optimization": {"stage": 1}}, {"measure": partitioned_squares, "decide": clip_partitions}),
-        ({**BF16, "communication_data_type": "fp32"}, {"measure": squares, "decide": clip_masters, "master_dtype": torch.float32}),
+        (
+            {**BF16, "communication_data_type": "fp32"},
+            {"measure": squares, "decide": clip_masters, "master_dtype": torch.float32},
+        ),
     ],
     ids=["ZeRO-1", "bf16"],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amdp_plugin.plan import schedules
-from amdp_plugin.plan.action import BACKWARD, REDUCE, UPDATE, Action
+from amdp_plugin.plan.action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
+from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.decisions import check_decisions, sums_of, windows_ago
 from amdp_plugin.plan.laws import ProgramError
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.program import Program
 from amdp_plugin.plan.report import report
+from amdp_plugin.plan.verify import verify
+from amdp_plugin.plan.versions import versions
 
 
 def latest(name: str, stages: int, micro_batches: int, **options: Any) -> Planner:
@@ -110,3 +115,76 @@ def test_any_paci(stages: int, size: int, extra: int, every: int) -> None:
     check_decisions(planner.program(planner.settled_windows().stop), ago)
     for stage, row in enumerate(ago):
         assert row[stage] == 0 and all(late == 0 for late in row[stage:]) and all(late >= 1 for late in row[:stage])
+
+
+def relayed(stages: int, micro_batches: int, **options: Any) -> Planner:
+    return Planner(schedules.make("paci", stages, micro_batches, decisions="relayed", **options))
+
+
+@pytest.mark.parametrize("link", [0.0, 0.1])
+@pytest.mark.parametrize("stages", [2, 3, 5, 8, 12, 16])
+@pytest.mark.parametrize("times", [1, 1.5, 2, 4])
+def test_relayed_decisions_keep_ranks_as_busy_as_none(stages: int, times: float, link: float) -> None:
+    micro_batches, costs = round(times * stages), CostModel.relative(stages, link_cost=link)
+    schedule = schedules.make("paci", stages, micro_batches)
+    free = report(Planner(schedule, costs), 1)
+    exact = report(Planner(replace(schedule, decisions="relayed"), costs), 1)
+    assert exact.deadlock_free and exact.utilization >= free.utilization - 0.005
+    assert exact.max_version_gap <= free.max_version_gap_stated
+    assert exact.peak_in_flight_by_rank == free.peak_in_flight_by_rank
+    assert exact.windows_ago == ((0,) * stages,) * stages
+    assert exact.gradient_copies_by_rank == (1, *(2,) * (stages - 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 15), st.integers(0, 3), st.sampled_from([0, 2, 3]), st.floats(0, 0.5))
+def test_any_relayed(stages: int, size: int, extra: int, every: int, link: float) -> None:
+    """Every stage forwards every micro-batch with one version, which is that of stage 0: the first that it forwards
+    after it has closed a window is the first with that window's update."""
+    schedule = schedules.make("paci", stages, size, decisions="relayed", extra_in_flight=extra, flush_every=every)
+    planner = Planner(schedule, CostModel.relative(stages, link_cost=link))
+    last = planner.settled_windows().stop
+    program = planner.program(last)
+    verify(program)
+    ago = windows_ago(planner)
+    assert ago == ((0,) * stages,) * stages
+    check_decisions(program, ago)
+    found = versions(program)
+    for micro_batch in range(last * size):
+        forwards = {found[stage, micro_batch].forward for stage in range(stages) if (stage, micro_batch) in found}
+        assert forwards == {schedule.updates_before(micro_batch)}
+    for row in program.rows:
+        for update, following in pairwise(row):
+            if update.kind == UPDATE and following.kind == FORWARD:
+                assert following.index >= schedule.forward_after(update.index)
+
+
+def test_staleness_of_relayed_decisions_is_the_same_on_all_stages() -> None:
+    found = report(relayed(8, 16), 1)
+    assert found.mean_staleness_by_stage == (7 / 16,) * 8
+    assert found.version_gap_by_stage == report(Planner(schedules.make("paci", 8, 16)), 1).version_gap_by_stage
+    assert found.update_delay_by_stage == (0, 1, 2, 3, 4, 5, 6, 7)
+    assert "0 1 2 3 4 5 6 7" in found.to_text()
+
+
+def test_windows_that_are_parked_at_once() -> None:
+    """Three micro-batches pass the last of four stages between the end of a window and its update."""
+    assert report(relayed(4, 1), 1).gradient_copies_by_rank == (1, 2, 3, 4)
+    assert report(relayed(4, 2), 1).gradient_copies_by_rank == (1, 2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [("amdp", {}, "up and down one direction, it has 2"), ("pipedream-2bw", {}, "its weights are 'previous'")],
+)
+def test_what_cannot_relay(name: str, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        schedules.make(name, 4, 4, decisions="relayed", **options)
+
+
+def test_an_update_before_its_decision_is_named() -> None:
+    program = relayed(3, 2).program(3)
+    row = [action for action in program.rows[2] if action != Action(2, UPDATE, 0)]
+    row.insert(row.index(Action(2, FORWARD, 3)), Action(2, UPDATE, 0))
+    with pytest.raises(ProgramError, match=r"law 4 .* at 2U0 .* its decision comes with 2F4"):
+        verify(replace(program, rows=(*program.rows[:2], tuple(row))))

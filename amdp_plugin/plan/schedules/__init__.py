@@ -7,6 +7,7 @@ through the entry-point group ``amdp_plugin.schedules``: the entry's name is the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from functools import cache, partial
@@ -152,11 +153,23 @@ def make(
     return _told(made, told) if told else made
 
 
+def _gaps_of_meetings(schedule: Schedule) -> tuple[int, ...]:
+    """An update waits for the meeting, so that a micro-batch forwarded meanwhile misses it, too."""
+    per_direction = max(1, schedule.micro_batches // schedule.placement.directions)
+    most = schedule.flush_every - 1 if schedule.flush_every else sys.maxsize
+    return tuple(
+        max(gap, min(most, -(-admitted // per_direction)))
+        for gap, admitted in zip(schedule.max_gap, schedule.in_flight, strict=True)
+    )
+
+
 def _told(schedule: Schedule, told: Mapping[str, Any]) -> Schedule:
     """``schedule``, its alternatives and its smaller likes with what all schedules can be told."""
     alternatives = tuple(_told(each, told) for each in schedule.alternatives)
+    gaps = _gaps_of_meetings(schedule) if told.get("decisions") == "meeting" else schedule.max_gap
     smaller = schedule.smaller and partial(_smaller, schedule.smaller, told)
-    return replace(schedule, **told, alternatives=alternatives, smaller=smaller, options={**schedule.options, **told})
+    options = {**schedule.options, **told}
+    return replace(schedule, **told, max_gap=gaps, alternatives=alternatives, smaller=smaller, options=options)
 
 
 def _smaller(made: Callable[[int], Schedule], told: Mapping[str, Any], at_most: int) -> Schedule:

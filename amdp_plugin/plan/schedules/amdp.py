@@ -8,7 +8,8 @@ from typing import Any
 
 from ..action import BACKWARD, Action
 from ..placement import Placement
-from ..schedule import Priority, Schedule, backward_first
+from ..priorities import Priority, backward_first
+from ..schedule import Schedule
 
 WEIGHTS = (
     (1.0, 4.0, 0.34, -0.1, 2.0),
@@ -100,7 +101,7 @@ def _preloading(preload: int, num_stages: int, micro_batches: int, directions: i
         in_flight=(admitted,) * num_stages,
         max_gap=(-(-(admitted + delay) // per_direction),) * num_stages,
         priorities=(backward_first, *(_linear(directions, *weights) for weights in WEIGHTS)),
-        update_delay=delay,
+        update_delay=(delay,) * num_stages,
         options={"directions": directions, "preload": preload, **({"parked": True} if parked else {})},
     )
 

@@ -1,7 +1,8 @@
 """Chimera (arXiv 2107.06925): two pipelines in opposite directions, and a flush."""
 
 from ..placement import Placement
-from ..schedule import Schedule, backward_first, oldest_first
+from ..priorities import backward_first, oldest_first
+from ..schedule import Schedule
 
 
 def chimera(num_stages: int, micro_batches: int) -> Schedule:

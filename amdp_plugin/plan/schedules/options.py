@@ -44,7 +44,7 @@ class CommonOptions:
     compensation: Literal["none", "error_feedback"] = "none"
     strength: Annotated[float, Field(gt=0, lt=inf)] = 1.0
     flush_first: Annotated[int, Field(ge=0)] = 0
-    decisions: Literal["auto", "local", "latest", "meeting"] = "auto"
+    decisions: Literal["auto", "local", "latest", "relayed", "meeting"] = "auto"
 
 
 COMMON: Mapping[str, Any] = get_type_hints(CommonOptions, include_extras=True)
