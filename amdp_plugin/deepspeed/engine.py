@@ -28,6 +28,7 @@ from .instructions import RunAction, WindowSchedule
 from .losses import broken, summed
 from .meeting import StageGrid, clip_by_whole_norm, groups_of, make_stage_local, needs, norm_by
 from .random_state import GENERATORS
+from .sums import stage_squares
 from .worker import EngineWorker
 
 SHAPES_HINT = (
@@ -123,9 +124,10 @@ class ScheduledPipelineEngine(PipelineEngine):
     def eval_batch(self, data_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's ``eval_batch``, on the weights after the latest update; with error feedback on the plain iterate,
         which stays in the weights until the next window. Training goes on afterwards as if it had not been called:
-        what is in flight stays, and it draws no random numbers."""
+        what is in flight stays, and it draws no random numbers. Where decisions are relayed, stages would be at
+        different updates: there it is cancelled first, as for a checkpoint."""
         with self._aside(), self._acting_as(self.stage_id), self.pipeline.watch.guard("evaluation", None):
-            self.pipeline.feedback.put_plain()
+            self.pipeline.settle()
             return super().eval_batch(data_iter, *args, **kwargs)
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -250,6 +252,12 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._loading = batch
         self._exec_load_micro_batch(buffer_id)
         self._loading = None
+
+    def tell(self, update: Action) -> None:
+        """The gradient of a window is whole and reduced: tell the other stages what they decide by."""
+        decisions = self.pipeline.decisions
+        if decisions is not None and self.gradient_clipping() > 0:
+            decisions.tell(update, stage_squares(self, self._norm_grid))
 
     @contextmanager
     def deciding(self, update: Action) -> Iterator[None]:

@@ -10,11 +10,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
-from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import nn
 
 from ..runtime.decisions import Whole, first_sum
 from ..settings import Needs
+from .sums import squares_of
 
 
 def needs(model: PipelineModule, clipping: float, fp16: bool) -> Needs:
@@ -93,18 +93,13 @@ def clip_by_whole_norm(parameters: Iterable[nn.Parameter], limit: float, grid: A
     Counts every parameter once, where DeepSpeed's ``clip_grad_norm_`` counts those of stage 0 alone: it takes the rank
     in the model-parallel group, which contains the pipeline, for that in the tensor-parallel group.
     """
-    gradients, counted = [], []
-    for parameter in parameters:
-        if parameter.grad is not None:
-            gradients.append(parameter.grad)
-            once = grid.get_slice_parallel_rank() == 0 or is_model_parallel_parameter(parameter)
-            if once and not getattr(parameter, "ds_pipe_replicated", False):
-                counted.append(parameter.grad.float().norm())
-    squares = torch.stack(counted).square().sum() if counted else torch.zeros((), device=device)
+    parameters = list(parameters)
+    squares = squares_of(parameters, grid, device)
     dist.all_reduce(squares, group=grid.get_model_parallel_group())
     coefficient = torch.clamp(limit / (squares.sqrt() + 1e-6), max=1.0)
-    for gradient in gradients:
-        gradient.mul_(coefficient)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(coefficient)
 
 
 def groups_of(grid: Any) -> list[Any]:

@@ -7,7 +7,7 @@ schedules, so that timers, activation checkpointing, bf16 and ZeRO-1 go on as th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from deepspeed.pipe import PipelineModule
@@ -17,11 +17,13 @@ from ..plan.action import Action
 from ..plan.schedule import Schedule
 from ..runtime.channels import Tensors
 from ..runtime.device import placed
+from ..runtime.parking import Parking
 from ..runtime.pipeline import Pipeline
 from ..runtime.stage import as_tuple, input_leaf, one_or_tuple
 from ..runtime.weights import live_update
 from ..runtime.worker import StagesWorker
 from .guests import guest_stage, to_device
+from .sums import sums_of
 
 
 class StageEngine(Protocol):
@@ -38,6 +40,7 @@ class StageEngine(Protocol):
     grad_layer: Any
 
     def load(self, batch: Any, buffer_id: int) -> None: ...
+    def tell(self, update: Action) -> None: ...
     def deciding(self, update: Action) -> AbstractContextManager[None]: ...
     def report_losses(self, window: int, direction: int) -> None: ...
     def _reentrant_activation_checkpointing(self) -> bool: ...
@@ -58,6 +61,7 @@ class EngineWorker(StagesWorker):
         self._guests = {stage: guest_stage(engine, guest) for stage, guest in engine.guests.items()}
         self._free = list(reversed(range(num_buffers)))
         self._buffers: dict[int, int] = {}
+        self._parking = Parking(sums_of(engine))
         self._tuples: dict[int, bool] = {}
 
     def module(self, stage: int) -> PipelineModule:
@@ -129,11 +133,22 @@ class EngineWorker(StagesWorker):
         self._clear(micro_batch)
         return inputs
 
+    def park(self, update: Action) -> None:
+        self._reduce()
+        self._engine.tell(update)
+        self._parking.park()
+
+    def _reduce(self) -> None:
+        """Over data-parallel replicas."""
+        self._engine._exec_reduce_tied_grads()
+        self._engine._exec_reduce_grads()
+
     def update(self, action: Action) -> None:
-        feedback = self._engine.pipeline.feedback
-        with live_update(self._engine.module.parameters()), feedback.stepping(self.runs_freely(action)):
-            self._engine._exec_reduce_tied_grads()
-            self._engine._exec_reduce_grads()
+        feedback, relayed = self._engine.pipeline.feedback, self.schedule.decisions == "relayed"
+        parked = self._parking.oldest() if relayed else nullcontext()
+        with parked, live_update(self._engine.module.parameters()), feedback.stepping(self.runs_freely(action)):
+            if not relayed:
+                self._reduce()
             with self._engine.deciding(action):
                 self._engine._exec_optimizer_step()
 

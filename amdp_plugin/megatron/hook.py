@@ -174,7 +174,7 @@ class ScheduledForwardBackward:
         if forward_only:
             with self.pipeline.watch.guard("evaluation", None) if self._started else nullcontext():
                 if self._started:
-                    self.pipeline.feedback.put_plain()
+                    self.pipeline.settle()
                 stock = stock_forward_backward_func()
                 return stock(num_microbatches=num_microbatches, forward_only=True, **arguments)
         if not self._attached:

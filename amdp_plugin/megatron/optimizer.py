@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from ..runtime.decisions import Whole, first_sum
+from ..runtime.parking import BufferSums, Parking
 from .stage_view import accepted
 
 StepResult = tuple[bool, float | None, int | None]
 """(whether the update was made, norm of the gradients, zeros among them), as Megatron's ``optimizer.step`` returns."""
+NO_UPDATE: StepResult = (False, None, None)
 
 
 class OptimizerSteps:
     """Takes over ``optimizer.step()`` and the zeroing of gradients, which the training loop goes on calling.
 
-    The loop zeroes before a window and steps after it. A program steps within the window, and another window's
-    gradients may be in the sums when the loop comes by. So the loop's calls do nothing but hand out results.
+    The loop zeroes before a window and steps after it. A program steps within the window, or within a later one, and
+    another window's gradients may be in the sums when the loop comes by. So the loop's calls do nothing but hand out
+    results, one a call: those of updates in their order, and, before the first of them, that nothing was updated. The
+    loop's learning rates then go on from update to update, whenever a stage makes them.
 
     Args:
         optimizer: a ``MegatronOptimizer``.
@@ -30,9 +36,9 @@ class OptimizerSteps:
     def __init__(self, optimizer: Any, chunk: Any) -> None:
         self._optimizer, self._chunk = optimizer, chunk
         self._step, self._zero_grad, self._zero_buffer = optimizer.step, optimizer.zero_grad, chunk.zero_grad_buffer
-        self.result: StepResult = (True, None, None)
-        """Of the latest update."""
-        optimizer.step = lambda: self.result
+        self._results: deque[StepResult] = deque()
+        self._parking = Parking(BufferSums([buffer.grad_data for buffer in gradient_buffers(chunk)]))
+        optimizer.step = lambda: self._results.popleft() if self._results else NO_UPDATE
         optimizer.zero_grad = lambda set_to_none=True: None
         chunk.zero_grad_buffer = lambda: None
         self._zero()
@@ -46,22 +52,60 @@ class OptimizerSteps:
         ):
             owner.__dict__.pop(name, None)
 
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped."""
+        return bool(self._optimizer.config.clip_grad > 0)
+
     def run(self, finalize: Callable[[], None], deciding: AbstractContextManager[Any]) -> None:
         """Step, within ``deciding``, with the gradients that ``finalize`` reduces over the replicas of the job; then
         begin a new sum."""
         finalize()
-        with deciding:
-            self.result = self._step()
+        self._step_within(deciding)
+
+    def park(self, finalize: Callable[[], None], tell: Callable[[Tensor], None] | None) -> None:
+        """A window has closed, whose update comes later: put its gradient aside, and begin a new sum.
+
+        Args:
+            finalize: reduces the gradients over the replicas of the job.
+            tell: takes the sum of their squares over the stage.
+        """
+        finalize()
+        if tell is not None:
+            tell(self._squares())
+        self._parking.park()
         self._zero()
+
+    def run_parked(self, deciding: AbstractContextManager[Any]) -> None:
+        """Step, within ``deciding``, with the gradient that was put aside first."""
+        with self._parking.oldest():
+            self._step_within(deciding)
+
+    def parked(self) -> Iterable[Tensor]:
+        """The memory that gradients take which wait for their update."""
+        return self._parking.tensors()
+
+    def _step_within(self, deciding: AbstractContextManager[Any]) -> None:
+        with deciding:
+            self._results.append(self._step())
+        self._zero()
+
+    def _squares(self) -> Tensor:
+        """Of the stage's gradients, as Megatron sums them up; its norm is the root of it."""
+        self._optimizer.prepare_grads()
+        heard: list[Tensor] = []
+        with first_sum(dist, self._norm_group, dist.ReduceOp.SUM, heard.append):
+            self._optimizer.get_grad_norm()
+        return heard[0]
+
+    @property
+    def _norm_group(self) -> Any:
+        return next(members(self._optimizer)).get_grad_stats_parallel_group()
 
     @contextmanager
     def norm_by(self, update: AbstractContextManager[Whole]) -> Iterator[None]:
         """Within it gradients are clipped by the norm of the sum that ``update`` makes of their squares."""
-        if self._optimizer.config.clip_grad <= 0:
-            yield
-            return
-        group = next(members(self._optimizer)).get_grad_stats_parallel_group()
-        with update as whole, first_sum(dist, group, dist.ReduceOp.SUM, whole):
+        with update as whole, first_sum(dist, self._norm_group, dist.ReduceOp.SUM, whole):
             yield
 
     def _zero(self) -> None:
@@ -86,6 +130,12 @@ def stage_local(optimizer: Any) -> Iterator[None]:
         each.grad_stats_parallel_group = group
 
 
+def gradient_buffers(chunk: Any) -> Iterator[Any]:
+    """The buffers in which Megatron's DDP sums up the gradients of ``chunk``."""
+    yield from chunk.buffers
+    yield from chunk.expert_parallel_buffers
+
+
 def members(optimizer: Any) -> Iterator[Any]:
     """The optimizers that a chained one is made of; else itself."""
     yield from getattr(optimizer, "chained_optimizers", None) or [optimizer]
@@ -96,15 +146,15 @@ def is_distributed(optimizer: Any) -> bool:
     return bool(getattr(optimizer.config, "use_distributed_optimizer", False))
 
 
-def reduce_gradients(config: Any, chunk: Any, has_guests: bool, **given: Any) -> None:
+def reduce_gradients(config: Any, chunk: Any, within_backward: bool, **given: Any) -> None:
     """What Megatron does with a window's gradients before the step: over data-parallel replicas, layer norms over
     tensor-parallel ranks, tied embeddings between the first and the last stage.
 
     Args:
-        has_guests: gradients of other ranks have been added, so that no reduction can have begun in a backward.
+        within_backward: reductions that overlap with a backward have begun in that of the window's last micro-batch.
         given: ``pg_collection`` and ``force_all_reduce`` of the call.
     """
-    if has_guests and chunk.ddp_config.overlap_grad_reduce:
+    if not within_backward and chunk.ddp_config.overlap_grad_reduce:
         chunk.start_grad_sync()
     if config.finalize_model_grads_func is not None:
         config.finalize_model_grads_func([chunk], None, **accepted(config.finalize_model_grads_func, **given))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..plan.action import Action
 from ..runtime.channels import Tensors
+from ..runtime.decisions import Decisions
 from ..runtime.pipeline import Pipeline
 from ..runtime.stage import input_leaf
 from ..runtime.weights import live_update
@@ -78,7 +79,7 @@ class ChunksWorker(StagesWorker):
         report: Callable[[int, int], None],
     ) -> None:
         super().__init__(pipeline.schedule, pipeline.feed, pipeline.random_streams, pipeline.losses, pipeline.replicas)
-        self._pipeline = pipeline
+        self._pipeline, self._relayed = pipeline, pipeline.schedule.decisions == "relayed"
         self._chunks, self._home, self._steps, self._call, self._report = chunks, home, steps, call, report
         self._config, self._watch, self._feedback = get_model_config(chunks[home]), pipeline.watch, pipeline.feedback
         self._in_flight: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
@@ -147,22 +148,38 @@ class ChunksWorker(StagesWorker):
     def forget(self, action: Action) -> None:
         del self._in_flight[action.stage, action.index]
 
+    def park(self, update: Action) -> None:
+        decisions = self._decisions
+        self._steps.park(self._reduction(), None if decisions is None else partial(decisions.tell, update))
+
     def update(self, action: Action) -> None:
-        home = self._chunks[self._home]
-        reduction = partial(reduce_gradients, self._config, home, bool(self.replicas), **self._call().reduction)
+        home, deciding = self._chunks[self._home], self._deciding(action)
         with live_update(home.parameters()), self._feedback.stepping(self.runs_freely(action)):
-            self._steps.run(reduction, self._deciding(action))
+            if self._relayed:
+                self._steps.run_parked(deciding)
+            else:
+                self._steps.run(self._reduction(), deciding)
+
+    def _reduction(self) -> Callable[[], None]:
+        """Of a window's gradients, over the replicas of the job."""
+        within = not (self.replicas or self._relayed)
+        return partial(reduce_gradients, self._config, self._chunks[self._home], within, **self._call().reduction)
 
     def _deciding(self, update: Action) -> AbstractContextManager[Any]:
         """Gradients are clipped, in this update, by the norm that the schedule's decisions say."""
-        decisions = self._pipeline.decisions
+        decisions = self._decisions
         return nullcontext() if decisions is None else self._steps.norm_by(decisions.update(update))
+
+    @property
+    def _decisions(self) -> Decisions | None:
+        """Where there is something to decide."""
+        return self._pipeline.decisions if self._steps.clips else None
 
     def _synchronization(self, action: Action) -> Any:
         """Reductions over data-parallel replicas may begin within a window's last backward, where the job overlaps
-        them, and no gradients of guests are still to come."""
+        them, and neither gradients of guests are still to come nor what is reduced is put aside."""
         size = self.schedule.micro_batches
-        last = self.directions == 1 and action.index % size == size - 1
+        last = self.directions == 1 and not self._relayed and action.index % size == size - 1
         if action.stage != self._home or last or self._config.no_sync_func is None:
             return nullcontext()
         return self._config.no_sync_func()

@@ -24,6 +24,7 @@ PLANNING_RANK = 0
 CLIPPING = {
     "local": "each stage by its own norm",
     "latest": "the whole model, as far as each stage knows it when it updates (earlier stages: of the window before)",
+    "relayed": "the whole model",
     "meeting": "the whole model",
 }
 """By which norm gradients are clipped, under each way to decide."""

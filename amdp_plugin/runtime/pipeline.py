@@ -206,6 +206,13 @@ class Pipeline:
         self.copy_home()
         self.feedback.put_plain()
 
+    def settle(self) -> None:
+        """Between two windows, for an evaluation: all stages are at one version, and this rank's own stage has its
+        plain iterate, until the next window. What is in flight stays, unless stages are at several versions."""
+        if self.schedule.decisions == "relayed":
+            self.executor.quiesce()
+        self.feedback.put_plain()
+
     def restart(
         self, window: int, random_states: list[Any] | None, ahead: Sequence[Tensor] | None = None
     ) -> None:

@@ -175,6 +175,12 @@ def test_amdp_in_bf16_with_sums_and_masters_in_fp32() -> None:
     check(Job("amdp", 4, 4, optimizer="adamw", config=config, dtype=torch.bfloat16), master_dtype=torch.float32)
 
 
+MASTERS = {
+    "bf16": {"config": {**BF16, "communication_data_type": "fp32"}, "dtype": torch.bfloat16},
+    "ZeRO-1": {"config": {"zero_optimization": {"stage": 1}}},
+}
+"""Jobs whose optimizer steps master copies, which are the plain iterate."""
+
 LIMIT = 0.05
 """Of norms: every case here clips."""
 
@@ -245,6 +251,41 @@ def test_clipping_of_masters_by_what_is_known(name: str, config: dict[str, Any],
     check(job, **modelled)
 
 
+RELAYED = {"decisions": "relayed"}
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 1), (3, 2), (4, 2), (4, 4), (4, 6)])
+def test_clipping_by_relayed_decisions(stages: int, size: int) -> None:
+    optimizer = {2: "sgd", 3: "adamw", 4: "fused"}[stages]
+    config = {"gradient_clipping": LIMIT}
+    job = Job({"name": "paci", **RELAYED}, stages, size, "masked", optimizer=optimizer, config=config, windows=6)
+    check(job, measure=squares, decide=clip)
+
+
+def test_relayed_decisions_about_nothing() -> None:
+    check(Job({"name": "paci", **RELAYED}, 3, 2, "recomputed", optimizer="adamw"))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("options", [{"flush_every": 2}, {"flush_first": 2}, {"compensation": "error_feedback"}])
+def test_relayed_decisions_and_other_options(options: dict[str, Any], size: int) -> None:
+    schedule = {"name": "paci", **RELAYED, **options}
+    job = Job(schedule, 3, size, optimizer="adamw", config={"gradient_clipping": LIMIT}, windows=6)
+    check(job, measure=squares, decide=clip)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("masters", ["ZeRO-1", "bf16"])
+def test_relayed_decisions_with_masters(masters: str, size: int) -> None:
+    config = {**MASTERS[masters]["config"], "gradient_clipping": LIMIT}
+    dtype = MASTERS[masters].get("dtype", torch.float32)
+    job = Job({"name": "paci", **RELAYED}, 3, size, optimizer="adamw", config=config, dtype=dtype, windows=5)
+    if masters == "bf16":
+        check(job, measure=squares, decide=clip_masters, master_dtype=torch.float32)
+    else:
+        check(job, measure=partitioned_squares, decide=clip_partitions)
+
+
 def test_clipping_by_what_is_known_after_windows_with_a_flush() -> None:
     """At the change from one program to the other nothing is known of other stages."""
     options = {"decisions": "latest", "flush_first": 2, "compensation": "error_feedback"}
@@ -298,13 +339,6 @@ def test_error_feedback(stages: int, size: int) -> None:
     job = Job({"name": "paci", **FEEDBACK, "strength": 0.7}, stages, size, "counting", optimizer=optimizer)
     for result in check(job):
         assert_ahead(result)
-
-
-MASTERS = {
-    "bf16": {"config": {**BF16, "communication_data_type": "fp32"}, "dtype": torch.bfloat16},
-    "ZeRO-1": {"config": {"zero_optimization": {"stage": 1}}},
-}
-"""Jobs whose optimizer steps master copies, which are the plain iterate."""
 
 
 @pytest.mark.parametrize("masters", [None, *MASTERS])

@@ -161,8 +161,8 @@ def clip_whole_model(parameters: list[nn.Parameter]) -> None:
 @pytest.mark.parametrize(
     ("name", "decisions", "clipping"),
     [
-        ("paci", "local", clip), ("paci", "latest", nothing), ("amdp", "latest", nothing),
-        ("amdp", "meeting", clip_whole_model),
+        ("paci", "local", clip), ("paci", "latest", nothing), ("paci", "relayed", nothing),
+        ("amdp", "latest", nothing), ("amdp", "meeting", clip_whole_model), ("paci", "meeting", clip_whole_model),
     ],
 )  # fmt: skip
 def test_clipping(name: str, decisions: str, clipping: Any, more: dict[str, Any]) -> None:
@@ -181,7 +181,23 @@ def test_clipping(name: str, decisions: str, clipping: Any, more: dict[str, Any]
             torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
             assert not torch.allclose(value, far, rtol=1e-5, atol=1e-6) or torch.equal(other, far)
     norms = {tuple(result["norms"]) for result in found}
-    assert len(norms) == (1 if decisions == "meeting" else 4), "one norm for all, or each stage has one"
+    if decisions == "relayed":
+        assert {result["norms"][0] for result in found[1:]} == {None}, "the first update is still to come"
+        norms = {norms[1:] if norms[0] is None else norms[:-1] for norms in norms}
+    assert len(norms) == (1 if decisions in ("meeting", "relayed") else 4), "one norm for all, or each stage has one"
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 1), (3, 3), (4, 2), (4, 6)])
+def test_relayed_decisions(stages: int, size: int) -> None:
+    """Windows below, at and above the number of stages, with dropout: updates stand elsewhere, whatever they do."""
+    check(Job({"name": "paci", "decisions": "relayed"}, stages, size, model=DROPOUT), iterations=6)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("more", [{}, DISTRIBUTED, {"ddp": OVERLAP}], ids=["", "distributed optimizer", "overlap"])
+def test_relayed_decisions_with_masters_and_parts(more: dict[str, Any], bf16: bool) -> None:
+    schedule = {"name": "paci", "decisions": "relayed", **FEEDBACK}
+    check(Job(schedule, 2, 4, data=2, alike=True, bf16=bf16, model=DROPOUT, **more))
 
 
 @pytest.mark.parametrize(

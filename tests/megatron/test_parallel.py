@@ -24,6 +24,10 @@ CASES: dict[str, Job] = {
     "amdp, four stages, two replicas": Job("amdp", 4, 4, data=2, **SPREAD),
     "amdp, four stages, tensor parallel": Job("amdp", 4, 4, tensor=2, clip=0.05),
     "amdp, four stages, sequence parallel": Job("amdp", 4, 4, tensor=2, model=SEQUENCE_PARALLEL),
+    "paci, relayed, two of each": Job({"name": "paci", "decisions": "relayed"}, 2, 2, tensor=2, data=2, clip=0.05),
+    "paci, relayed, distributed optimizer": Job(
+        {"name": "paci", "decisions": "relayed"}, 2, 2, data=2, clip=0.05, **SPREAD
+    ),
     "paci, two of each": Job("paci", 2, 2, tensor=2, data=2, clip=0.05),
     "paci, two of each, all options": Job("paci", 2, 2, tensor=2, data=2, model=SEQUENCE_PARALLEL, **SPREAD),
 }
