@@ -194,10 +194,11 @@ class ScheduledPipelineEngine(PipelineEngine):
         """The memory that replicas exchange gradients and weights through on this rank."""
         return self.pipeline.exchange_buffers()
 
-    def guest_gradients(self) -> Iterable[torch.Tensor]:
-        """The sums of gradients of this rank's guests."""
+    def other_gradients(self) -> Iterable[torch.Tensor]:
+        """The sums of gradients of this rank's guests, and of windows that wait for their update."""
         replicas = self.pipeline.replicas.values()
-        return (flat for replica in replicas if isinstance(replica, Guest) for flat in replica.gradients)
+        guests = (flat for replica in replicas if isinstance(replica, Guest) for flat in replica.gradients)
+        return (*guests, *self.pipeline.parked_gradients())
 
     def other_weights(self) -> Iterable[torch.Tensor]:
         """Versions that the schedule uses, and the plain iterate, where they are kept beside the weights."""
@@ -331,9 +332,10 @@ class ScheduledPipelineEngine(PipelineEngine):
         worker = EngineWorker(self, schedule, self._num_buffers(schedule))
         self.pipeline.start(worker, self.global_steps, [self.module, *self.guests.values()])
         lines = [clipping_line(self.gradient_clipping(), schedule)]
-        if schedule.reduces or self.pipeline.planned.coefficient is not None:
+        if self.pipeline.holds_more:
+            parked = self.pipeline.most_parked
             guests, plain = list(self.guests.values()), self.pipeline.feedback.bytes_kept()
-            held = Held([self.module], guests, sum_dtype(self.optimizer), self.exchange_buffers(), plain)
+            held = Held([self.module], guests, sum_dtype(self.optimizer), self.exchange_buffers(), plain, parked)
             lines += memory_table(held, self.grid.get_pipe_parallel_group(), self.device)
         if self.global_rank == 0:
             print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,26 +57,35 @@ class PartitionedSums:
     def __init__(self, optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
         self._optimizer, self._attributes = optimizer, AttributeSums(parameters, ("grad", "grad_accum"))
 
-    def park(self) -> tuple[list[Tensor | None], dict[int, Any]]:
+    def park(self) -> PartitionedPark:
         # Reduced, they are no longer needed where they were summed up.
         self._attributes.park()
-        reduced, self._optimizer.averaged_gradients = self._optimizer.averaged_gradients, {}
-        return self._attributes.park(), reduced
+        parked = PartitionedPark(self._attributes.park(), {})
+        self._swap_reduced(parked)
+        return parked
 
-    def swap(self, parked: tuple[list[Tensor | None], dict[int, Any]]) -> None:
-        early, reduced = parked
-        self._attributes.swap(early)
-        self._optimizer.averaged_gradients = dict(reduced)
-        reduced.clear()
+    def swap(self, parked: PartitionedPark) -> None:
+        self._attributes.swap(parked.summed)
+        self._swap_reduced(parked)
 
-    def restore(self, parked: tuple[list[Tensor | None], dict[int, Any]]) -> None:
-        self._attributes.swap(parked[0])
+    def restore(self, parked: PartitionedPark) -> None:
+        self.swap(parked)
 
-    def tensors(self, parked: tuple[list[Tensor | None], dict[int, Any]]) -> Iterator[Tensor]:
-        early, reduced = parked
-        yield from self._attributes.tensors(early)
-        for parts in reduced.values():
+    def tensors(self, parked: PartitionedPark) -> Iterator[Tensor]:
+        yield from self._attributes.tensors(parked.summed)
+        for parts in parked.reduced.values():
             yield from parts or ()
+
+    def _swap_reduced(self, parked: PartitionedPark) -> None:
+        parked.reduced, self._optimizer.averaged_gradients = self._optimizer.averaged_gradients, parked.reduced
+
+
+@dataclass
+class PartitionedPark:
+    """What is at the parameters, and what is reduced."""
+
+    summed: list[Tensor | None]
+    reduced: dict[int, Any]
 
 
 def stage_squares(engine: Any, grid: Any) -> Tensor:

@@ -6,7 +6,7 @@ schedules, so that timers, activation checkpointing, bf16 and ZeRO-1 go on as th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -121,6 +121,7 @@ class EngineWorker(StagesWorker):
         return self._guests[action.stage].backward(action.index, gradients)
 
     def _backward_home(self, micro_batch: int, gradients: Tensors | None) -> Tensors:
+        self._parking.make_room()
         engine, buffers = self._engine, self._engine.pipe_buffers
         buffer_id = self._buffers[micro_batch]
         if gradients is None:
@@ -133,10 +134,13 @@ class EngineWorker(StagesWorker):
         self._clear(micro_batch)
         return inputs
 
-    def park(self, update: Action) -> None:
+    def close(self, update: Action) -> None:
         self._reduce()
         self._engine.tell(update)
-        self._parking.park()
+        self._parking.close()
+
+    def parked(self) -> Iterable[Tensor]:
+        return self._parking.tensors()
 
     def _reduce(self) -> None:
         """Over data-parallel replicas."""

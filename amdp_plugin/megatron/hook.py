@@ -148,6 +148,11 @@ class ScheduledForwardBackward:
         return self.schedule.updates_meet
 
     @property
+    def windows_late(self) -> int:
+        """Calls that an update comes after its window, at most."""
+        return self.pipeline.windows_late if self._started else 0
+
+    @property
     def reads_data(self) -> bool:
         """Whether this rank runs a first or last stage in any direction, and so needs a data iterator."""
         placement = self.schedule.placement
@@ -242,9 +247,10 @@ class ScheduledForwardBackward:
         worker = ChunksWorker(self.pipeline, chunks, self._rank, self._steps, lambda: self._call, self._reports.collect)
         self.pipeline.start(worker, window, chunks.values())
         lines = [clipping_line(self._clipping, schedule), *self.notices]
-        if schedule.reduces or self.pipeline.planned.coefficient is not None:
+        if self.pipeline.holds_more:
+            parked = self.pipeline.most_parked
             guests, plain = list(self.guests.values()), self.pipeline.feedback.bytes_kept()
-            held = Held([self._chunk], guests, sum_dtype(self._chunk), self.pipeline.exchange_buffers(), plain)
+            held = Held([self._chunk], guests, sum_dtype(self._chunk), self.pipeline.exchange_buffers(), plain, parked)
             lines += memory_table(held, self._group, self._site().device)
         if dist.get_rank() == 0:
             print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)

@@ -63,8 +63,8 @@ class OptimizerSteps:
         finalize()
         self._step_within(deciding)
 
-    def park(self, finalize: Callable[[], None], tell: Callable[[Tensor], None] | None) -> None:
-        """A window has closed, whose update comes later: put its gradient aside, and begin a new sum.
+    def close(self, finalize: Callable[[], None], tell: Callable[[Tensor], None] | None) -> None:
+        """A window has closed, whose update comes later.
 
         Args:
             finalize: reduces the gradients over the replicas of the job.
@@ -73,11 +73,15 @@ class OptimizerSteps:
         finalize()
         if tell is not None:
             tell(self._squares())
-        self._parking.park()
-        self._zero()
+        self._parking.close()
 
-    def run_parked(self, deciding: AbstractContextManager[Any]) -> None:
-        """Step, within ``deciding``, with the gradient that was put aside first."""
+    def make_room(self) -> None:
+        """Before a backward: put aside the gradient of a window that waits for its update, and begin a new sum."""
+        if self._parking.make_room():
+            self._zero()
+
+    def run_closed(self, deciding: AbstractContextManager[Any]) -> None:
+        """Step, within ``deciding``, with the gradient of the window that was closed first."""
         with self._parking.oldest():
             self._step_within(deciding)
 

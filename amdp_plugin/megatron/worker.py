@@ -6,7 +6,7 @@ recomputation, tensor and sequence parallelism, bf16 and the distributed optimiz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -136,6 +136,8 @@ class ChunksWorker(StagesWorker):
 
     def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
         stage, _, micro_batch = action
+        if stage == self._home:
+            self._steps.make_room()
         received, output = self._in_flight.pop((stage, micro_batch))
         gradient = None if gradients is None else gradients[0]
         with acting_as(stage), self._synchronization(action):
@@ -148,15 +150,19 @@ class ChunksWorker(StagesWorker):
     def forget(self, action: Action) -> None:
         del self._in_flight[action.stage, action.index]
 
-    def park(self, update: Action) -> None:
+    def close(self, update: Action) -> None:
         decisions = self._decisions
-        self._steps.park(self._reduction(), None if decisions is None else partial(decisions.tell, update))
+        tell = None if decisions is None else partial(decisions.tell, update)
+        self._steps.close(self._reduction(), tell)
+
+    def parked(self) -> Iterable[Tensor]:
+        return self._steps.parked()
 
     def update(self, action: Action) -> None:
         home, deciding = self._chunks[self._home], self._deciding(action)
         with live_update(home.parameters()), self._feedback.stepping(self.runs_freely(action)):
             if self._relayed:
-                self._steps.run_parked(deciding)
+                self._steps.run_closed(deciding)
             else:
                 self._steps.run(self._reduction(), deciding)
 

@@ -123,6 +123,7 @@ class Held:
         sum_dtype: in what gradients are summed, where that is not the parameters' dtype.
         exchange: the buffers that replicas exchange gradients and weights through.
         plain: bytes of the plain iterate that error feedback keeps beside the weights.
+        parked: gradients of closed windows that wait for their update at once.
     """
 
     home: Sequence[nn.Module]
@@ -130,12 +131,13 @@ class Held:
     sum_dtype: torch.dtype | None
     exchange: Iterable[Tensor]
     plain: int = 0
+    parked: int = 0
 
 
 def memory_table(held: Held, group: dist.ProcessGroup, device: torch.device) -> list[str]:
     """MiB of every rank's weights and gradients, beside those under 1F1B. All ranks of ``group`` must call it."""
     home, guests = _sizes(held.home, held.sum_dtype), _sizes(held.guests, held.sum_dtype)
-    all_weights, all_gradients = home[0] + guests[0], home[1] + guests[1]
+    all_weights, all_gradients = home[0] + guests[0], home[1] * (1 + held.parked) + guests[1]
     mine = torch.tensor([*home, all_weights, all_gradients, _bytes(held.exchange), held.plain], device=device)
     ranks = [torch.zeros_like(mine) for _ in range(group.size())]
     dist.all_gather(ranks, mine, group=group)

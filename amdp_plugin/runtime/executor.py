@@ -32,8 +32,8 @@ class Worker(Protocol):
         """Accumulate the gradients of one micro-batch. Takes those of the forward's floating-point outputs
         (``None`` on the last stage), returns those of its floating-point inputs (``None`` on the first)."""
 
-    def park(self, update: Action) -> None:
-        """The window of ``update`` has closed; its gradient is put aside until then."""
+    def close(self, update: Action) -> None:
+        """The window of ``update`` has closed, which comes later."""
 
     def update(self, action: Action) -> None:
         """At the home of a stage: apply the window's mean gradient to it, under the graphs that are alive."""
@@ -331,11 +331,11 @@ class Executor:
         self.largest_gap = max(self.largest_gap, version - forward)
         if stage > 0:
             self._send(action, input_gradients)
+        window = action.window(self.schedule.micro_batches)
         if self.schedule.decisions == "relayed" and self._closes_window(action):
-            update = Action(stage, UPDATE, action.window(self.schedule.micro_batches))
-            with self._computing(update):
-                self._worker.park(update)
-        if action.window(self.schedule.micro_batches) > self.window:
+            with self._computing(update := Action(stage, UPDATE, window)):
+                self._worker.close(update)
+        if window > self.window:
             self._early.append(action)
         else:
             self._count(action)

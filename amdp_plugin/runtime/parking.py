@@ -33,19 +33,32 @@ class Sums(Protocol[Parked]):
 
 
 class Parking(Generic[Parked]):
-    """The windows of one stage that wait, the oldest first."""
+    """The windows of one stage that wait, the oldest first. The latest stays in the sums until others come there."""
 
     def __init__(self, sums: Sums[Parked]) -> None:
         self._sums = sums
         self._windows: deque[Parked] = deque()
+        self._is_whole = False
 
-    def park(self) -> None:
-        """A window has closed, and its gradient is whole."""
+    def close(self) -> None:
+        """A window has closed: the sums are its gradient."""
+        self._is_whole = True
+
+    def make_room(self) -> bool:
+        """Before a backward: put aside what must not be added to. Returns whether anything was."""
+        if not self._is_whole:
+            return False
         self._windows.append(self._sums.park())
+        self._is_whole = False
+        return True
 
     @contextmanager
     def oldest(self) -> Iterator[None]:
         """Let the sums be the gradient of the oldest window, for its step; afterwards those of the latest go on."""
+        if not self._windows:
+            yield
+            self._is_whole = False
+            return
         parked = self._windows.popleft()
         self._sums.swap(parked)
         yield

@@ -28,7 +28,7 @@ from .channels import Channels, keep_sent
 from .decisions import Decisions
 from .device import device_of
 from .exchange import Exchange, gradient_links, weight_links
-from .executor import Executor, Worker
+from .executor import Executor
 from .feed import Feed
 from .feedback import ErrorFeedback
 from .groups import MAX_CHANNELS, channels_of_a_message
@@ -39,6 +39,7 @@ from .runnable import check_modules, check_runnable
 from .timeline import Timeline
 from .transport import Transport
 from .watch import PipelineStallError, Watch
+from .worker import StagesWorker
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,13 @@ class Pipeline:
             self.exchange = Exchange(placement, replicas, gradients, weights, self.watch, buffers)
         self.copy_home()
 
-    def start(self, worker: Worker, window: int, modules: Iterable[nn.Module]) -> None:
+    def start(self, worker: StagesWorker, window: int, modules: Iterable[nn.Module]) -> None:
         """Prove the program, and wire it up to ``worker``, to begin with ``window``.
 
         Args:
             modules: the stages on this rank, which are checked when the window begins: they may be compiled until then.
         """
-        self._unchecked = tuple(modules)
+        self._unchecked, self._worker = tuple(modules), worker
         schedule = self.schedule
         self.planned = report(self._planner, windows=1, master_weights=self.feedback.has_masters)
         self.feedback.begin(self.planned.coefficient)
@@ -239,6 +240,28 @@ class Pipeline:
     def other_weights(self) -> list[Tensor]:
         """What is kept of the weights on this rank beside those that stages compute with and optimizers step."""
         return [*self.feedback.kept(), *self.executor.kept.tensors()]
+
+    def parked_gradients(self) -> Iterable[Tensor]:
+        """Of closed windows of this rank's own stage, those that wait for their update now."""
+        return self._worker.parked()
+
+    @property
+    def windows_late(self) -> int:
+        """Windows that an update stands behind the end of its own, at most."""
+        homes = enumerate(holders[0] for holders in self.schedule.placement.holders)
+        return max(self.schedule.windows_late(rank, stage) for stage, rank in homes)
+
+    @property
+    def holds_more(self) -> bool:
+        """Whether some rank holds more of weights or gradients than under 1F1B; the same answer on all."""
+        planned, schedule = self.planned, self.schedule
+        return schedule.reduces or planned.coefficient is not None or max(planned.gradient_copies_by_rank) > 1
+
+    @property
+    def most_parked(self) -> int:
+        """How many windows of this rank's own stage wait for their update at once."""
+        rank = self.site.rank
+        return self.planned.gradient_copies_by_rank[rank] - len(self.schedule.placement.stages[rank])
 
     def exchange_buffers(self) -> Iterable[Tensor]:
         """The memory that replicas exchange gradients and weights through on this rank."""

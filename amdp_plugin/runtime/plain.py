@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -88,15 +88,20 @@ class PlainWorker(StagesWorker):
         return None
 
     def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
+        if action.stage in self._parking:
+            self._parking[action.stage].make_room()
         return self._stages[action.stage].backward(action.index, gradients)
 
     def forget(self, action: Action) -> None:
         self._stages[action.stage].cancel(action.index)
 
-    def park(self, update: Action) -> None:
+    def close(self, update: Action) -> None:
         if self.decisions is not None:
             self.decisions.tell(update, self._squares(update.stage))
-        self._parking[update.stage].park()
+        self._parking[update.stage].close()
+
+    def parked(self) -> Iterable[Tensor]:
+        return (tensor for parking in self._parking.values() for tensor in parking.tensors())
 
     def update(self, action: Action) -> None:
         relayed = self.schedule.decisions == "relayed"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..plan.action import Action
 from ..plan.schedule import Schedule
@@ -60,8 +60,8 @@ class StagesWorker(ABC):
         """The forward ``action`` is cancelled."""
 
     @abstractmethod
-    def park(self, update: Action) -> None:
-        """See :meth:`.Worker.park`."""
+    def close(self, update: Action) -> None:
+        """See :meth:`.Worker.close`."""
 
     @abstractmethod
     def update(self, action: Action) -> None:
@@ -70,6 +70,10 @@ class StagesWorker(ABC):
     @abstractmethod
     def end_of_backwards(self, window: int, direction: int) -> None:
         """See :meth:`.Worker.end_of_backwards`."""
+
+    @abstractmethod
+    def parked(self) -> Iterable[Tensor]:
+        """The gradients of closed windows that wait for their update."""
 
     # The same everywhere
 
