@@ -28,14 +28,46 @@ class Needs:
     exact: bool = False
 
     def decisions(self, schedule: Schedule) -> str:
-        """How a free-running ``schedule`` decides where its user leaves that open: in a meeting where nothing less will
-        do and its stages can meet, else without anybody waiting."""
-        if self.exact and schedule.reduces:
-            return "meeting"
+        """How a free-running ``schedule`` decides where its user leaves that open: exactly, and in a meeting where
+        decisions cannot be relayed, where nothing less will do; else without anybody waiting."""
+        if self.exact and schedule.weights == "latest":
+            return "relayed" if scales_with_windows(schedule) else "meeting"
         return "latest" if self.norm else "local"
 
 
 NOTHING = Needs()
+
+
+def scales_with_windows(schedule: Schedule) -> bool:
+    """Whether, with relayed decisions, all gradients of a window have one loss scale when it closes, which is the one
+    of its update."""
+    first, *_, last = (*schedule.in_flight, schedule.in_flight[-1])
+    return schedule.placement.directions == 1 and first <= schedule.micro_batches and last == 1
+
+
+def check_loss_scale(schedule: Schedule, where: str, instead: str) -> None:
+    """Refuse ``schedule`` where the loss is scaled and it cannot decide about that.
+
+    Args:
+        where: what asks for it, in the words of the host.
+        instead: what needs none.
+
+    Raises:
+        ValueError: with the reason and what to do.
+    """
+    if schedule.updates_meet or (schedule.decisions == "relayed" and scales_with_windows(schedule)):
+        return
+    if schedule.decisions == "relayed":
+        why = (
+            f"relayed decisions change it between windows of at least {schedule.in_flight[0]} micro-batches, with one "
+            f"in flight on the last stage; these are of {schedule.micro_batches}, with {schedule.in_flight[-1]}"
+        )
+    else:
+        why = "all stages must decide together, at every step, whether to skip it"
+    raise ValueError(
+        f"schedule {schedule.name!r} cannot be used with {where}, which scales the loss: {why}; use {instead}, "
+        '"decisions": "relayed" (paci) or "meeting", or a schedule that flushes (1f1b)'
+    )
 
 
 @dataclass(frozen=True)

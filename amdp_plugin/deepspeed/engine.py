@@ -17,16 +17,18 @@ from deepspeed.utils import logger
 from ..plan.action import Action
 from ..plan.schedule import Schedule
 from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_table
+from ..runtime.decisions import Decisions
 from ..runtime.executor import Executor
 from ..runtime.pipeline import Pipeline, Site
 from ..runtime.replica import Guest
+from ..settings import check_loss_scale
 from .checkpoint import AHEAD, RANDOM_STATE, load_beside, save_beside
 from .config import read_settings
 from .feedback import error_feedback
 from .guests import build_replicas, layers, sum_dtype
 from .instructions import RunAction, WindowSchedule
 from .losses import broken, summed
-from .meeting import StageGrid, clip_by_whole_norm, groups_of, make_stage_local, needs, norm_by
+from .meeting import StageGrid, clip_by_whole_norm, decided_by, groups_of, make_stage_local, needs
 from .random_state import GENERATORS
 from .sums import stage_squares
 from .worker import EngineWorker
@@ -254,21 +256,28 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._exec_load_micro_batch(buffer_id)
         self._loading = None
 
+    def loss_scale(self) -> float:
+        """The present one; 1 without fp16."""
+        return float(self.optimizer.loss_scale) if self.fp16_enabled() else 1.0
+
     def tell(self, update: Action) -> None:
         """The gradient of a window is whole and reduced: tell the other stages what they decide by."""
-        decisions = self.pipeline.decisions
-        if decisions is not None and self.gradient_clipping() > 0:
-            decisions.tell(update, stage_squares(self, self._norm_grid))
+        if self._decisions is not None:
+            self._decisions.tell(update, stage_squares(self, self._norm_grid))
 
     @contextmanager
     def deciding(self, update: Action) -> Iterator[None]:
-        """Let gradients be clipped, in this update, by the norm that the schedule's decisions say."""
-        decisions = self.pipeline.decisions
-        if decisions is None or self.gradient_clipping() <= 0:
+        """Let this update go by the norm, and the overflow, that the schedule's decisions say."""
+        if self._decisions is None:
             yield
             return
-        with decisions.update(update) as whole, norm_by(whole, self.optimizer, self._norm_grid):
+        with self._decisions.update(update) as answers, decided_by(answers, self.optimizer, self._norm_grid):
             yield
+
+    @property
+    def _decisions(self) -> Decisions | None:
+        """Where there is something to decide."""
+        return self.pipeline.decisions if self.gradient_clipping() > 0 or self.fp16_enabled() else None
 
     def report_losses(self, window: int, direction: int) -> None:
         """On the last stage of ``direction``: average its losses as DeepSpeed does, and send them to all ranks."""
@@ -312,7 +321,10 @@ class ScheduledPipelineEngine(PipelineEngine):
 
     def _make_schedule(self, micro_batches: int) -> Schedule:
         wanted = needs(self.module, self.gradient_clipping(), self.fp16_enabled())
-        return self.settings.make(self.num_stages, micro_batches, wanted)
+        schedule = self.settings.make(self.num_stages, micro_batches, wanted)
+        if self.fp16_enabled():
+            check_loss_scale(schedule, '"fp16"', '"bf16"')
+        return schedule
 
     def _num_buffers(self, schedule: Schedule) -> int:
         """The most micro-batches that are in flight on the home stage at once."""

@@ -16,7 +16,7 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch import nn
 
 from ..runtime.runnable import check_homes, check_runnable
-from ..settings import ScheduleSettings
+from ..settings import ScheduleSettings, check_loss_scale
 from .config import check_compatible, check_topology, enabled, read_settings
 from .engine import ScheduledPipelineEngine
 from .meeting import needs, tied_across_stages
@@ -112,8 +112,4 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
             'meet (amdp with "decisions": "meeting", or 1f1b)'
         )
     if fp16:
-        refuse(
-            '"fp16" scales the loss, so that all stages must decide together, at every step, whether to skip it; use '
-            '"bf16", which needs no loss scale, or a schedule whose updates meet (amdp with "decisions": "meeting", '
-            "or 1f1b)"
-        )
+        check_loss_scale(schedule, '"fp16"', '"bf16"')

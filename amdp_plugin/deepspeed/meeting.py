@@ -12,7 +12,7 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import nn
 
-from ..runtime.decisions import Whole, first_sum
+from ..runtime.decisions import Answers, answering
 from ..settings import Needs
 from .sums import squares_of
 
@@ -56,8 +56,10 @@ class StageGrid:
 
 def make_stage_local(optimizer: Any, grid: StageGrid) -> None:
     """Let ``optimizer`` (plain, bf16 or ZeRO-1) take norms and overflow within the stage."""
-    if hasattr(optimizer, "mpu"):
-        optimizer.mpu = grid
+    owners: list[Any] = [optimizer, getattr(optimizer, "overflow_checker", None)]
+    for owner in owners:
+        if hasattr(owner, "mpu"):
+            owner.mpu = grid
     if hasattr(optimizer, "model_parallel_group"):
         optimizer.model_parallel_group = grid.get_model_parallel_group()
         optimizer.model_parallel_world_size = grid.get_model_parallel_world_size()
@@ -65,25 +67,33 @@ def make_stage_local(optimizer: Any, grid: StageGrid) -> None:
 
 
 @contextmanager
-def norm_by(whole: Whole, optimizer: Any, grid: StageGrid) -> Iterator[None]:
-    """Within it the norm that ``optimizer``, or DeepSpeed in its place, takes of this stage's gradients is that of the
-    sum that ``whole`` makes of their squares."""
+def decided_by(answers: Answers, optimizer: Any, grid: StageGrid) -> Iterator[None]:
+    """Within it ``optimizer``, or DeepSpeed in its place, takes for the norm of this stage's gradients, and for their
+    overflow, what ``answers`` say."""
     own_norm = getattr(optimizer, "scaled_global_norm", None)
     if own_norm is None:
-        with first_sum(deepspeed.comm, grid.get_model_parallel_group(), deepspeed.comm.ReduceOp.SUM, whole):
+        operations = deepspeed.comm.ReduceOp.SUM, deepspeed.comm.ReduceOp.MAX
+        group = grid.get_model_parallel_group()
+        with answering(deepspeed.comm, group, operations, answers.whole, answers.broken):
             yield
         return
+    own_reduction = optimizer._model_parallel_all_reduce
 
     def norm(*args: Any, **kwargs: Any) -> torch.Tensor:
         squares = own_norm(*args, **kwargs).square()
-        whole(squares)
+        answers.whole(squares)
         return squares.sqrt()
 
-    optimizer.scaled_global_norm = norm
+    def reduction(tensor: torch.Tensor, op: Any) -> None:
+        own_reduction(tensor, op)
+        if op == deepspeed.comm.ReduceOp.MAX:
+            answers.broken(tensor)
+
+    optimizer.scaled_global_norm, optimizer._model_parallel_all_reduce = norm, reduction
     try:
         yield
     finally:
-        del optimizer.scaled_global_norm
+        del optimizer.scaled_global_norm, optimizer._model_parallel_all_reduce
 
 
 @torch.no_grad()

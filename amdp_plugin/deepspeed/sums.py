@@ -71,6 +71,9 @@ class PartitionedSums:
     def restore(self, parked: PartitionedPark) -> None:
         self.swap(parked)
 
+    def multiply(self, factor: float) -> None:
+        self._attributes.multiply(factor)
+
     def tensors(self, parked: PartitionedPark) -> Iterator[Tensor]:
         yield from self._attributes.tensors(parked.summed)
         for parts in parked.reduced.values():

@@ -40,6 +40,7 @@ class StageEngine(Protocol):
     grad_layer: Any
 
     def load(self, batch: Any, buffer_id: int) -> None: ...
+    def loss_scale(self) -> float: ...
     def tell(self, update: Action) -> None: ...
     def deciding(self, update: Action) -> AbstractContextManager[None]: ...
     def report_losses(self, window: int, direction: int) -> None: ...
@@ -61,7 +62,7 @@ class EngineWorker(StagesWorker):
         self._guests = {stage: guest_stage(engine, guest) for stage, guest in engine.guests.items()}
         self._free = list(reversed(range(num_buffers)))
         self._buffers: dict[int, int] = {}
-        self._parking = Parking(sums_of(engine))
+        self._parking = Parking(sums_of(engine), engine.loss_scale)
         self._tuples: dict[int, bool] = {}
 
     def module(self, stage: int) -> PipelineModule:
@@ -75,6 +76,8 @@ class EngineWorker(StagesWorker):
     def _forward_home(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         engine, buffers = self._engine, self._engine.pipe_buffers
         stage, _, micro_batch = action
+        if self.relayed:
+            self._parking.forward(micro_batch)
         buffer_id = self._buffers[micro_batch] = self._free.pop()
         if inputs is not None:
             buffers["inputs"][buffer_id] = one_or_tuple(tuple(input_leaf(tensor) for tensor in inputs))
@@ -121,7 +124,8 @@ class EngineWorker(StagesWorker):
         return self._guests[action.stage].backward(action.index, gradients)
 
     def _backward_home(self, micro_batch: int, gradients: Tensors | None) -> Tensors:
-        self._parking.make_room()
+        if self.relayed:
+            self._parking.backward(micro_batch)
         engine, buffers = self._engine, self._engine.pipe_buffers
         buffer_id = self._buffers[micro_batch]
         if gradients is None:
@@ -148,10 +152,10 @@ class EngineWorker(StagesWorker):
         self._engine._exec_reduce_grads()
 
     def update(self, action: Action) -> None:
-        feedback, relayed = self._engine.pipeline.feedback, self.schedule.decisions == "relayed"
-        parked = self._parking.oldest() if relayed else nullcontext()
+        feedback = self._engine.pipeline.feedback
+        parked = self._parking.oldest() if self.relayed else nullcontext()
         with parked, live_update(self._engine.module.parameters()), feedback.stepping(self.runs_freely(action)):
-            if not relayed:
+            if not self.relayed:
                 self._reduce()
             with self._engine.deciding(action):
                 self._engine._exec_optimizer_step()
@@ -162,6 +166,7 @@ class EngineWorker(StagesWorker):
     def forget(self, action: Action) -> None:
         stage, _, micro_batch = action
         if stage == self._engine.stage_id:
+            self._parking.forget(micro_batch)
             self._clear(micro_batch)
             self._tuples.pop(micro_batch, None)
         else:

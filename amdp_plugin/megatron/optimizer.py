@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from ..runtime.decisions import Whole, first_sum
+from ..runtime.decisions import Answers, answering
 from ..runtime.parking import BufferSums, Parking
 from .stage_view import accepted
 
 StepResult = tuple[bool, float | None, int | None]
 """(whether the update was made, norm of the gradients, zeros among them), as Megatron's ``optimizer.step`` returns."""
 NO_UPDATE: StepResult = (False, None, None)
+OPERATIONS = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 
 
 class OptimizerSteps:
@@ -37,7 +38,9 @@ class OptimizerSteps:
         self._optimizer, self._chunk = optimizer, chunk
         self._step, self._zero_grad, self._zero_buffer = optimizer.step, optimizer.zero_grad, chunk.zero_grad_buffer
         self._results: deque[StepResult] = deque()
-        self._parking = Parking(BufferSums([buffer.grad_data for buffer in gradient_buffers(chunk)]))
+        buffers = [buffer.grad_data for buffer in gradient_buffers(chunk)]
+        self.parking = Parking(BufferSums(buffers), self._loss_scale)
+        """The gradients of windows that wait for their update."""
         optimizer.step = lambda: self._results.popleft() if self._results else NO_UPDATE
         optimizer.zero_grad = lambda set_to_none=True: None
         chunk.zero_grad_buffer = lambda: None
@@ -53,9 +56,9 @@ class OptimizerSteps:
             owner.__dict__.pop(name, None)
 
     @property
-    def clips(self) -> bool:
-        """Whether gradients are clipped."""
-        return bool(self._optimizer.config.clip_grad > 0)
+    def decides(self) -> bool:
+        """Whether there is something to decide in an update: a norm to clip by, or a loss scale."""
+        return bool(self._optimizer.config.clip_grad > 0 or self._optimizer.config.fp16)
 
     def run(self, finalize: Callable[[], None], deciding: AbstractContextManager[Any]) -> None:
         """Step, within ``deciding``, with the gradients that ``finalize`` reduces over the replicas of the job; then
@@ -73,21 +76,17 @@ class OptimizerSteps:
         finalize()
         if tell is not None:
             tell(self._squares())
-        self._parking.close()
+        self.parking.close()
 
-    def make_room(self) -> None:
-        """Before a backward: put aside the gradient of a window that waits for its update, and begin a new sum."""
-        if self._parking.make_room():
+    def backward(self, micro_batch: int) -> None:
+        """Before a backward: where the gradient of a window that waits for its update is put aside, begin a new sum."""
+        if self.parking.backward(micro_batch):
             self._zero()
 
     def run_closed(self, deciding: AbstractContextManager[Any]) -> None:
         """Step, within ``deciding``, with the gradient of the window that was closed first."""
-        with self._parking.oldest():
+        with self.parking.oldest():
             self._step_within(deciding)
-
-    def parked(self) -> Iterable[Tensor]:
-        """The memory that gradients take which wait for their update."""
-        return self._parking.tensors()
 
     def _step_within(self, deciding: AbstractContextManager[Any]) -> None:
         with deciding:
@@ -95,22 +94,36 @@ class OptimizerSteps:
         self._zero()
 
     def _squares(self) -> Tensor:
-        """Of the stage's gradients, as Megatron sums them up; its norm is the root of it."""
-        self._optimizer.prepare_grads()
+        """Of the stage's gradients, as Megatron sums them up, with the loss scale in them."""
+        for each in members(self._optimizer):
+            # Preparing them would unscale them, and decide about the scale.
+            getattr(each, "_copy_model_grads_to_main_grads", each.prepare_grads)()
         heard: list[Tensor] = []
-        with first_sum(dist, self._norm_group, dist.ReduceOp.SUM, heard.append):
+        with answering(dist, self._norm_group, OPERATIONS, heard.append, lambda flag: None):
             self._optimizer.get_grad_norm()
         return heard[0]
+
+    def _loss_scale(self) -> float:
+        """The present one; 1 without fp16."""
+        return float(self._optimizer.get_loss_scale()) if self._optimizer.config.fp16 else 1.0
 
     @property
     def _norm_group(self) -> Any:
         return next(members(self._optimizer)).get_grad_stats_parallel_group()
 
     @contextmanager
-    def norm_by(self, update: AbstractContextManager[Whole]) -> Iterator[None]:
-        """Within it gradients are clipped by the norm of the sum that ``update`` makes of their squares."""
-        with update as whole, first_sum(dist, self._norm_group, dist.ReduceOp.SUM, whole):
-            yield
+    def decided_by(self, update: AbstractContextManager[Answers]) -> Iterator[None]:
+        """Within it Megatron takes for the norm of the stage's gradients, and for their overflow, what ``update``
+        answers."""
+        scale = self._loss_scale()  # of the gradients of this window; a step changes it before it takes the norm
+        with update as answers:
+
+            def whole(own: Tensor) -> None:
+                answers.whole(own)
+                own.div_(scale**2)
+
+            with answering(dist, self._norm_group, OPERATIONS, whole, answers.broken):
+                yield
 
     def _zero(self) -> None:
         self._zero_buffer()

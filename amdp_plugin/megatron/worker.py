@@ -79,7 +79,7 @@ class ChunksWorker(StagesWorker):
         report: Callable[[int, int], None],
     ) -> None:
         super().__init__(pipeline.schedule, pipeline.feed, pipeline.random_streams, pipeline.losses, pipeline.replicas)
-        self._pipeline, self._relayed = pipeline, pipeline.schedule.decisions == "relayed"
+        self._pipeline = pipeline
         self._chunks, self._home, self._steps, self._call, self._report = chunks, home, steps, call, report
         self._config, self._watch, self._feedback = get_model_config(chunks[home]), pipeline.watch, pipeline.feedback
         self._in_flight: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
@@ -106,6 +106,8 @@ class ChunksWorker(StagesWorker):
     def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         stage, _, micro_batch = action
         call, size = self._call(), self.schedule.micro_batches
+        if self.relayed:
+            self._steps.parking.forward(micro_batch)
         received = None if inputs is None else input_leaf(inputs[0])
         reported: list[Any] = []
         with acting_as(stage):
@@ -136,8 +138,8 @@ class ChunksWorker(StagesWorker):
 
     def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
         stage, _, micro_batch = action
-        if stage == self._home:
-            self._steps.make_room()
+        if self.relayed:
+            self._steps.backward(micro_batch)
         received, output = self._in_flight.pop((stage, micro_batch))
         gradient = None if gradients is None else gradients[0]
         with acting_as(stage), self._synchronization(action):
@@ -149,6 +151,8 @@ class ChunksWorker(StagesWorker):
 
     def forget(self, action: Action) -> None:
         del self._in_flight[action.stage, action.index]
+        if self.relayed:
+            self._steps.parking.forget(action.index)
 
     def close(self, update: Action) -> None:
         decisions = self._decisions
@@ -156,36 +160,36 @@ class ChunksWorker(StagesWorker):
         self._steps.close(self._reduction(), tell)
 
     def parked(self) -> Iterable[Tensor]:
-        return self._steps.parked()
+        return self._steps.parking.tensors()
 
     def update(self, action: Action) -> None:
         home, deciding = self._chunks[self._home], self._deciding(action)
         with live_update(home.parameters()), self._feedback.stepping(self.runs_freely(action)):
-            if self._relayed:
+            if self.relayed:
                 self._steps.run_closed(deciding)
             else:
                 self._steps.run(self._reduction(), deciding)
 
     def _reduction(self) -> Callable[[], None]:
         """Of a window's gradients, over the replicas of the job."""
-        within = not (self.replicas or self._relayed)
+        within = not (self.replicas or self.relayed)
         return partial(reduce_gradients, self._config, self._chunks[self._home], within, **self._call().reduction)
 
     def _deciding(self, update: Action) -> AbstractContextManager[Any]:
-        """Gradients are clipped, in this update, by the norm that the schedule's decisions say."""
+        """This update goes by the norm, and the overflow, that the schedule's decisions say."""
         decisions = self._decisions
-        return nullcontext() if decisions is None else self._steps.norm_by(decisions.update(update))
+        return nullcontext() if decisions is None else self._steps.decided_by(decisions.update(update))
 
     @property
     def _decisions(self) -> Decisions | None:
         """Where there is something to decide."""
-        return self._pipeline.decisions if self._steps.clips else None
+        return self._pipeline.decisions if self._steps.decides else None
 
     def _synchronization(self, action: Action) -> Any:
         """Reductions over data-parallel replicas may begin within a window's last backward, where the job overlaps
         them, and neither gradients of guests are still to come nor what is reduced is put aside."""
         size = self.schedule.micro_batches
-        last = self.directions == 1 and not self._relayed and action.index % size == size - 1
+        last = self.directions == 1 and not self.relayed and action.index % size == size - 1
         if action.stage != self._home or last or self._config.no_sync_func is None:
             return nullcontext()
         return self._config.no_sync_func()

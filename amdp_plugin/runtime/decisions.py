@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import inf
-from typing import Any
+from math import inf, isfinite
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -15,8 +15,16 @@ from ..plan.planner import Planner
 from .channels import Channels
 from .watch import Watch
 
-Whole = Callable[[Tensor], None]
-"""Takes a stage's own sum, of one element, and makes it that of all stages, in place."""
+
+class Answers(Protocol):
+    """What an update is told of all stages."""
+
+    def whole(self, own: Tensor) -> None:
+        """Make a stage's own sum, of one element, that of all stages, in place."""
+
+    def broken(self, own: Tensor) -> None:
+        """Make a stage's own flag, of one element, say whether the gradient of any stage is broken, in place; where
+        decisions are not relayed it stays the stage's own."""
 
 
 class Decisions:
@@ -56,26 +64,14 @@ class Decisions:
                 self._channels.send_sum(self._home(stage), value, update)
 
     @contextmanager
-    def update(self, action: Action) -> Iterator[Whole]:
+    def update(self, action: Action) -> Iterator[Answers]:
         """Around an update. Where its host does not ask for the sum, since it has found its own gradient broken, the
         others are told: their sums are infinite then, too."""
-        total: float | None = None
+        answers = _Answers(self, action)
+        yield answers
+        answers.end()
 
-        def whole(own: Tensor) -> None:
-            nonlocal total
-            if total is None:
-                if not self.relayed:
-                    self.tell(action, own)
-                total = self._total(action)
-            own.fill_(total)
-
-        yield whole
-        if total is None:
-            if not self.relayed:
-                self.tell(action, inf)
-            self._total(action)
-
-    def _total(self, action: Action) -> float:
+    def sum_up(self, action: Action) -> float:
         """The sum over all stages, in their order, of which something is known."""
         sums = {self._stage: self._told.pop(action.index)}
         for other, _ in self._taken(action):
@@ -110,23 +106,60 @@ class Decisions:
         return self._schedule.placement.home(stage)
 
 
+class _Answers:
+    """Of one update: asks the other stages when it is asked first."""
+
+    def __init__(self, decisions: Decisions, action: Action) -> None:
+        self._decisions, self._action = decisions, action
+        self._total: float | None = None
+
+    def whole(self, own: Tensor) -> None:
+        if self._total is None:
+            if not self._decisions.relayed:
+                self._decisions.tell(self._action, own)
+            self._total = self._decisions.sum_up(self._action)
+        own.fill_(self._total)
+
+    def broken(self, own: Tensor) -> None:
+        if self._decisions.relayed:
+            if self._total is None:
+                self._total = self._decisions.sum_up(self._action)
+            own.fill_(0 if isfinite(self._total) else 1)
+
+    def end(self) -> None:
+        if self._total is None:
+            if not self._decisions.relayed:
+                self._decisions.tell(self._action, inf)
+            self._decisions.sum_up(self._action)
+
+
 @contextmanager
-def first_sum(owner: Any, group: Any, total: Any, whole: Whole) -> Iterator[None]:
-    """Within it ``whole`` gets the result of the first sum over ``group``, which a host makes of a stage's own.
+def answering(
+    owner: Any,
+    group: Any,
+    operations: tuple[Any, Any],
+    whole: Callable[[Tensor], None],
+    broken: Callable[[Tensor], None],
+) -> Iterator[None]:
+    """Within it ``whole`` gets the result of the first sum over ``group``, which a host makes of a stage's own, and
+    ``broken`` that of every maximum.
 
     Args:
         owner: where the host looks up ``all_reduce``.
-        total: the operation of a sum, as the host names it.
+        operations: of a sum and of a maximum, as the host names them.
     """
-    all_reduce, heard = owner.all_reduce, False
+    all_reduce, summed = owner.all_reduce, False
+    total, most = operations
 
     def hearing(tensor: Tensor, op: Any = total, group_: Any = None, *others: Any, **named: Any) -> Any:
-        nonlocal heard
+        nonlocal summed
         over = named.pop("group", group_)
         result = all_reduce(tensor, op, over, *others, **named)
-        if over is group and op == total and not heard:
-            heard = True
+        if over is group and op == total and not summed:
+            summed = True
             whole(tensor)
+        elif over is group and op == most:
+            broken(tensor)
         return result
 
     owner.all_reduce = hearing

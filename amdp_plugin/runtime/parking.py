@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
@@ -28,29 +28,56 @@ class Sums(Protocol[Parked]):
     def restore(self, parked: Parked) -> None:
         """After a step, which has used up the sums: go on with what is parked."""
 
+    def multiply(self, factor: float) -> None:
+        """Multiply the sums."""
+
     def tensors(self, parked: Parked) -> Iterable[Tensor]:
         """The memory that it takes."""
 
 
 class Parking(Generic[Parked]):
-    """The windows of one stage that wait, the oldest first. The latest stays in the sums until others come there."""
+    """The windows of one stage that wait, the oldest first. The latest stays in the sums until others come there.
 
-    def __init__(self, sums: Sums[Parked]) -> None:
-        self._sums = sums
+    A gradient has the loss scale that its stage had at the forward, which is one on all stages where decisions are
+    relayed. Where that has changed within a window, the sums so far are brought to the new one. All of it is over when
+    a window closes, if that has as many micro-batches as may be in flight.
+
+    Args:
+        sums: the host's.
+        scale: the loss scale after the latest update.
+    """
+
+    def __init__(self, sums: Sums[Parked], scale: Callable[[], float] = lambda: 1.0) -> None:
+        self._sums, self._scale = sums, scale
         self._windows: deque[Parked] = deque()
         self._is_whole = False
+        self._scales: dict[int, float] = {}
+        self._present: float | None = None
+        """The scale of what is in the sums; ``None`` where that is nothing."""
+
+    def forward(self, micro_batch: int) -> None:
+        """Note the scale that the gradient of ``micro_batch`` is going to have."""
+        self._scales[micro_batch] = self._scale()
+
+    def forget(self, micro_batch: int) -> None:
+        """Its forward is cancelled."""
+        self._scales.pop(micro_batch, None)
 
     def close(self) -> None:
         """A window has closed: the sums are its gradient."""
-        self._is_whole = True
+        self._is_whole, self._present = True, None
 
-    def make_room(self) -> bool:
-        """Before a backward: put aside what must not be added to. Returns whether anything was."""
-        if not self._is_whole:
-            return False
-        self._windows.append(self._sums.park())
-        self._is_whole = False
-        return True
+    def backward(self, micro_batch: int) -> bool:
+        """Before a backward: put aside what must not be added to, and rescale what is. Returns whether anything was put
+        aside."""
+        scale, moves = self._scales.pop(micro_batch), self._is_whole
+        if moves:
+            self._windows.append(self._sums.park())
+            self._is_whole = False
+        if self._present not in (None, scale):
+            self._sums.multiply(scale / self._present)
+        self._present = scale
+        return moves
 
     @contextmanager
     def oldest(self) -> Iterator[None]:
@@ -95,6 +122,13 @@ class AttributeSums:
     def restore(self, parked: list[Tensor | None]) -> None:
         self.swap(parked)
 
+    @torch.no_grad()
+    def multiply(self, factor: float) -> None:
+        for parameter, name in self._places:
+            present = getattr(parameter, name, None)
+            if present is not None:
+                present.mul_(factor)
+
     def tensors(self, parked: list[Tensor | None]) -> Iterator[Tensor]:
         return (tensor for tensor in parked if tensor is not None)
 
@@ -128,6 +162,11 @@ class BufferSums:
     def restore(self, parked: list[Tensor]) -> None:
         for buffer, aside in zip(self._buffers, parked, strict=True):
             buffer.copy_(aside)
+
+    @torch.no_grad()
+    def multiply(self, factor: float) -> None:
+        for buffer in self._buffers:
+            buffer.mul_(factor)
 
     def tensors(self, parked: list[Tensor]) -> Iterator[Tensor]:
         return iter(parked)

@@ -76,6 +76,8 @@ class PlainWorker(StagesWorker):
 
     def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         stage, _, micro_batch = action
+        if self.relayed:
+            self._parking[stage].forward(micro_batch)
         if inputs is None:
             leaves = as_tuple(self.take(micro_batch)[0])
         else:
@@ -88,12 +90,14 @@ class PlainWorker(StagesWorker):
         return None
 
     def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
-        if action.stage in self._parking:
-            self._parking[action.stage].make_room()
+        if self.relayed:
+            self._parking[action.stage].backward(action.index)
         return self._stages[action.stage].backward(action.index, gradients)
 
     def forget(self, action: Action) -> None:
         self._stages[action.stage].cancel(action.index)
+        if self.relayed:
+            self._parking[action.stage].forget(action.index)
 
     def close(self, update: Action) -> None:
         if self.decisions is not None:
@@ -104,8 +108,7 @@ class PlainWorker(StagesWorker):
         return (tensor for parking in self._parking.values() for tensor in parking.tensors())
 
     def update(self, action: Action) -> None:
-        relayed = self.schedule.decisions == "relayed"
-        with self._parking[action.stage].oldest() if relayed else nullcontext():
+        with self._parking[action.stage].oldest() if self.relayed else nullcontext():
             self._clip(action)
             optimizer = self._optimizers[action.stage]
             with live_update(self.modules[action.stage].parameters()), self._stepping(action):
@@ -115,9 +118,9 @@ class PlainWorker(StagesWorker):
     def _clip(self, update: Action) -> None:
         if self.decisions is None:
             return
-        with self.decisions.update(update) as whole:
+        with self.decisions.update(update) as answers:
             squares = self._squares(update.stage)
-            whole(squares)
+            answers.whole(squares)
         if self._clipping:
             for parameter in self.parameters(update.stage):
                 if parameter.grad is not None:

@@ -64,6 +64,8 @@ class SerialPipeline:
         measure: where decisions are the latest or relayed: of a stage's gradients (``None`` where there is none), the
             number that stages add up.
         decide: then called with a stage's master parameters, gradients set, and the sum, before each step.
+        loss_scale: with a master dtype, what the loss is multiplied with before its backward, and its gradients divided
+            by as they are summed up; takes the updates that the last stage has had at the forward.
 
     Attributes:
         schedule: of alternatives, the chosen one. One with windows of another size may be put in its place.
@@ -88,6 +90,7 @@ class SerialPipeline:
         before_step: Callable[[list[nn.Parameter]], Any] = lambda parameters: None,
         measure: Callable[[list[Tensor | None]], float] = lambda gradients: 0.0,
         decide: Callable[[list[nn.Parameter], float], Any] = lambda parameters, total: None,
+        loss_scale: Callable[[int], float] = lambda updates: 1.0,
     ) -> None:
         check_runnable(schedule)
         if len(stages) != schedule.num_stages:
@@ -109,6 +112,8 @@ class SerialPipeline:
         ranks, present = range(schedule.num_ranks), torch.get_rng_state()
         states = [_random_state(seed) for seed in seeds] if seeds else [present.clone() for _ in ranks]
         self.random_states = [self._streams(state) for state in states]
+        self._loss_scale = loss_scale
+        self._scales: dict[int, float] = {}
         self._data: dict[int, tuple[Any, Any]] = {}
         self._losses: dict[int, Tensor] = {}
         self._backwards = [0] * len(self.stages)
@@ -206,6 +211,7 @@ class SerialPipeline:
         if stage == len(self.stages) - 1:
             output = self._loss(output, self._data[index][1])
             self._losses[index] = output.detach()
+            self._scales[index] = self._loss_scale(self.versions[-1])
         outputs = (output,) if isinstance(output, Tensor) else tuple(output)
         if stage < len(self.stages) - 1:
             self._messages[stage + 1, FORWARD, index] = tuple(tensor.detach().clone() for tensor in outputs)
@@ -217,7 +223,7 @@ class SerialPipeline:
         self.used[stage, index] = used
         replica.use(used.backward)
         if stage == len(self.stages) - 1:
-            (outputs[0] / self.schedule.micro_batches).backward()
+            (outputs[0] / self.schedule.micro_batches * self._scales[index]).backward()
         else:
             floating = [tensor for tensor in outputs if tensor.is_floating_point()]
             torch.autograd.backward(floating, self._messages.pop((stage, BACKWARD, index)))
@@ -226,7 +232,7 @@ class SerialPipeline:
             self._messages[stage - 1, BACKWARD, index] = tuple(
                 torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.clone() for tensor in floating
             )
-        replica.accumulate()
+        replica.accumulate(self._scales[index])
         self._backwards[stage] += 1
         if len(self._replicas[stage]) == 1 and self._backwards[stage] % self.schedule.micro_batches == 0:
             self._close(stage, self.versions[stage] + len(self._closed[stage]))
@@ -317,12 +323,12 @@ class _Replica:
                 parameter.data.copy_(value)
             self._used = version
 
-    def accumulate(self) -> None:
-        """After a backward: with a master dtype, the sum is kept in it."""
+    def accumulate(self, scale: float) -> None:
+        """After a backward: with a master dtype, the sum is kept in it, without the loss scale."""
         if self._master_dtype is not None:
             for number, parameter in enumerate(self._parameters):
                 if parameter.grad is not None:
-                    self._sums[number] = _sum((self._sums[number], parameter.grad.to(self._master_dtype)))
+                    self._sums[number] = _sum((self._sums[number], parameter.grad.to(self._master_dtype) / scale))
                     parameter.grad = None
 
     def take_gradients(self) -> list[Tensor | None]:

@@ -70,7 +70,9 @@ def make_adam(job: Job, parameters: list[nn.Parameter]) -> torch.optim.Optimizer
     )
 
 
-def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any, loss: Any = oracle_loss) -> dict[str, Any]:
+def run_oracle(
+    rank: int, job: Job, phases: Phases, before_step: Any, loss: Any = oracle_loss, **more: Any
+) -> dict[str, Any]:
     initialize(replace(job, pipeline=1, tensor=1))
     settings = read_schedule(job.schedule, "the test")
     needs = Needs(norm=job.clip > 0, exact=job.tied or job.fp16)
@@ -87,8 +89,7 @@ def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any, loss: Any 
         seeds=[100 + stage for stage in range(job.pipeline)],
         master_dtype=torch.float32 if job.bf16 or job.fp16 else None,
         before_step=before_step,
-        measure=squares,
-        decide=partial(clip_by, job.clip),
+        **{"measure": squares, "decide": partial(clip_by, job.clip), **more},
     )
     batches, losses = all_replicas(job), []
     for iterations, size in phases:
