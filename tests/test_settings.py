@@ -49,8 +49,8 @@ def test_what_is_left_open_is_decided_as_the_job_needs_it(written: dict[str, str
         return read_schedule({"name": name, **written, **said}, WHERE).make(4, 8, needs).decisions
 
     norm, scale = Needs(norm=True), Needs(norm=True, exact=True)
-    for name in ("paci", "pipedream-2bw"):
-        assert [decisions(name, needs) for needs in (NOTHING, norm, scale)] == ["local", "latest", "latest"]
+    assert [decisions("paci", needs) for needs in (NOTHING, norm, scale)] == ["local", "latest", "relayed"]
+    assert [decisions("pipedream-2bw", needs) for needs in (NOTHING, norm, scale)] == ["local", "latest", "latest"]
     assert [decisions("amdp", needs) for needs in (NOTHING, norm, scale)] == ["local", "latest", "meeting"]
     assert decisions("amdp", scale, decisions="local") == decisions("paci", norm, decisions="local") == "local"
     assert read_schedule({"name": "1f1b", **written}, WHERE).make(4, 8, scale).updates_meet

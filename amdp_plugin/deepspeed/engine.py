@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import logger
@@ -256,9 +257,10 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._exec_load_micro_batch(buffer_id)
         self._loading = None
 
-    def loss_scale(self) -> float:
-        """The present one; 1 without fp16."""
-        return float(self.optimizer.loss_scale) if self.fp16_enabled() else 1.0
+    def present_loss_scale(self) -> float:
+        """That of a backward that begins now: DeepSpeed 0.19.8 scales the loss with ZeRO alone."""
+        scales = self.fp16_enabled() and isinstance(self.optimizer, ZeROOptimizer)
+        return float(self.optimizer.loss_scale) if scales else 1.0
 
     def tell(self, update: Action) -> None:
         """The gradient of a window is whole and reduced: tell the other stages what they decide by."""

@@ -235,3 +235,22 @@ def test_all_stages_skip_a_step_together() -> None:
             for key, value in weights.items():
                 assert torch.equal(value, found[stage]["weights"][stage][key])
                 assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 2), (3, 4)])
+def test_all_stages_skip_a_step_without_a_meeting(stages: int, size: int) -> None:
+    """Decisions are relayed: the scale goes the same way on all ranks, on all but the first one call later. Nothing but
+    rounding differs from 1F1B before the first update."""
+    job = Job("paci", stages, size, config=FP16, dtype=torch.float16, windows=12)
+    found = run_ranks(stages, train_fp16, job)
+    flushed = run_ranks(stages, train_fp16, replace(job, schedule="1f1b"))
+    scales = found[0]["scales"]
+    assert 0 < found[0]["skipped"] < 9
+    assert any(after > before for before, after in pairwise(scales))
+    for result in found[1:]:
+        assert result["scales"][1:] == scales[:-1]
+        assert result["skipped"] == found[0]["skipped"], "at rest all have made the same updates"
+    skipped = next(window for window in range(12) if scales[window] == scales[window + 1])
+    assert found[0]["losses"][: skipped + 1] == pytest.approx(flushed[0]["losses"][: skipped + 1], rel=2e-3)
+    for stage, result in enumerate(found):
+        assert all(torch.isfinite(value).all() for value in result["weights"][stage].values())

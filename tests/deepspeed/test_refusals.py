@@ -94,12 +94,12 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["\"offload_optimizer\"", "two iterates", "leave one of them out"],
     ),
     "fp16": (
-        {**PACI, "fp16": {"enabled": True}},
-        ['"fp16"', "all stages must decide together", '"bf16"', '"meeting"'],
+        {**section({"name": "paci", "decisions": "latest"}), "fp16": {"enabled": True}},
+        ['"fp16"', "all stages must decide together", '"bf16"', '"relayed" (paci)', '"meeting"'],
     ),
     "fp16 with independent updates": (
         {**section({"name": "amdp", "decisions": "local"}), "fp16": {"enabled": True}},
-        ['"fp16"', '"decisions": "meeting"'],
+        ['"fp16"', '"decisions": "relayed" (paci) or "meeting"'],
     ),
     "amp": ({**PACI, "amp": {"enabled": True}}, ['"amp"', "apex", '"bf16"']),
     "torch_autocast": (

@@ -121,7 +121,7 @@ def attempt_the_rest(rank: int, job: Job) -> dict[str, str]:
 
 def attempt_with_fp16(trainer: Trainer) -> str:
     trainer.config.fp16 = True
-    message = attempt(trainer, "paci")
+    message = attempt(trainer, {"name": "paci", "decisions": "local"})
     trainer.config.fp16 = False
     return message
 
@@ -141,7 +141,7 @@ MESSAGES = {
     "parked": ['leave out "parked"'],
     "costs": ["stage costs need one entry for each of 4 stages, got 2"],
     "compensation of nothing": ["1f1b: compensation 'error_feedback' means nothing", "(staleness 0)"],
-    "loss scale": ["--fp16", "its loss scale is a decision of all stages", "--bf16"],
+    "loss scale": ["--fp16", "all stages must decide together", "--bf16"],
     "not attached": ["attach(model, optimizer) comes before the first call"],
     "other model": ["another model than the one that attach() was given"],
     "iterators": ["each rank has one data iterator, got 2"],
