@@ -29,7 +29,7 @@ RECOMPUTATION = (
 DECIDED = {
     "local": "each stage by its own sum",
     "relayed": "by the sums of all stages for the same window, which go down with gradients and up with activations, "
-    "so that an update stands backwards after its window has closed",
+    "so that updates stand some backwards after their windows have closed",
     "meeting": "all stages meet at every update",
 }
 
