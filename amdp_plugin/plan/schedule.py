@@ -35,7 +35,10 @@ Priority = Callable[[Action, float], tuple[Any, ...]]
 be started, in mean forwards of a stage."""
 
 
-WEIGHTS = ("latest", "stashed", "previous")
+KEPT = ("stashed", "previous")
+"""Weights of which versions are kept, so that a backward uses those of its forward."""
+PREDICTED = ("predicted", "predicted_by_window")
+WEIGHTS = ("latest", *KEPT, "corrected", *PREDICTED)
 COMPENSATIONS = ("none", "error_feedback")
 
 
@@ -71,8 +74,14 @@ class Schedule:
         max_gap: for every stage, the largest (version at backward) - (version at forward) it may show.
         weights: which weights are used. ``"latest"``: by a forward and by a backward, those that its stage then has.
             ``"stashed"``: a forward's latest by its backward, too. ``"previous"``: by both, those before the update of
-            the window before, so that every gradient is late by exactly one update.
-        weight_versions: for every stage, how many versions of its weights are in use at once, at most.
+            the window before, so that every gradient is late by exactly one update. ``"corrected"``: the latest, which
+            a backward extrapolates back to its forward's. ``"predicted"``: the latest, which both extrapolate ahead;
+            ``"predicted_by_window"``: the same, once for all forwards of a window. See :mod:`.extrapolation`.
+        weight_versions: for every stage, how many versions of its weights are kept in use at once, at most.
+        correction_decay: of corrected weights: what an average of updates still holds of one when the stage has had as
+            many more as its largest gap; between 0 and 1.
+        rescale_steps: updates after which the learning rate of a stage is whole, which before is divided by a power of
+            how late its gradients are; 0: it is never divided.
 
         compensation: what is done about gradients that are late: ``"none"``, or ``"error_feedback"``, see
             :mod:`.staleness`.
@@ -108,6 +117,8 @@ class Schedule:
     flush_first: int = 0
     weights: str = "latest"
     weight_versions: tuple[int, ...] = ()
+    correction_decay: float = 0.0
+    rescale_steps: int = 0
     compensation: str = "none"
     strength: float = 1.0
 
@@ -157,7 +168,7 @@ class Schedule:
     def _check_weights(self) -> None:
         if self.weights not in WEIGHTS:
             raise ValueError(f"{self.name}: weights are {', '.join(WEIGHTS)}; got {self.weights!r}")
-        if self.weights == "latest" and not self.weight_versions:
+        if not self.keeps_versions and not self.weight_versions:
             object.__setattr__(self, "weight_versions", (1,) * self.num_stages)
         if len(self.weight_versions) != self.num_stages or min(self.weight_versions) < 1:
             raise ValueError(
@@ -166,6 +177,16 @@ class Schedule:
             )
         if self.weights != "latest" and self.reduces:
             raise ValueError(f"{self.name}: stages that several ranks hold have their latest weights alone")
+        if not (0 < self.correction_decay < 1 if self.weights == "corrected" else self.correction_decay == 0):
+            raise ValueError(
+                f"{self.name}: correction_decay is of corrected weights, above 0 and below 1, and 0 of others; got "
+                f"{self.correction_decay} for {self.weights} weights"
+            )
+        if self.rescale_steps < 0 or (self.flush and self.rescale_steps):
+            raise ValueError(
+                f"{self.name}: rescale_steps counts updates, at least 0, and 0 under a flush at every window, where "
+                f"nothing is late; got {self.rescale_steps}"
+            )
 
     def _check_compensation(self) -> None:
         if self.compensation not in COMPENSATIONS:
@@ -176,6 +197,11 @@ class Schedule:
             raise ValueError(
                 f"{self.name}: compensation {self.compensation!r} means nothing under a flush at every window, where "
                 'no gradient is late (staleness 0); use "none", or a free-running schedule'
+            )
+        if self.extrapolates and self.compensation != "none":
+            raise ValueError(
+                f"{self.name}: its {self.weights} weights are a compensation already, so that compensation must be "
+                f'"none", got {self.compensation!r}; paci and pipedream-2bw take it'
             )
 
     def _try_priorities(self) -> None:
@@ -206,6 +232,16 @@ class Schedule:
         return any(len(holders) > 1 for holders in self.placement.holders)
 
     @property
+    def keeps_versions(self) -> bool:
+        """Whether a backward uses a version of the weights that was kept for it."""
+        return self.weights in KEPT
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether a forward or a backward uses weights that no update has made."""
+        return self.weights not in ("latest", *KEPT)
+
+    @property
     def updates_meet(self) -> bool:
         """Whether all stages update at one point, where they can decide together: on a norm or a loss scale."""
         return self.flush or self.together
@@ -218,7 +254,7 @@ class Schedule:
             return None
         return replace(
             self, flush_every=1, flush_first=0, max_gap=(0,) * self.num_stages, weights="latest", weight_versions=(),
-            compensation="none", update_delay=0, alternatives=(), smaller=None,
+            correction_decay=0.0, rescale_steps=0, compensation="none", update_delay=0, alternatives=(), smaller=None,
         )  # fmt: skip
 
     def updates_before(self, window: int) -> int:
@@ -238,7 +274,7 @@ class Schedule:
 
     def backward_version(self, forward: int, updates: int) -> int:
         """The version that the backward of a micro-batch uses, which was forwarded with version ``forward``."""
-        return updates if self.weights == "latest" else forward
+        return forward if self.keeps_versions else updates
 
     def preferred(self, priority: Priority, ready: Iterable[tuple[Action, float]]) -> Action:
         """Of what a rank could start, and since when, that which ``priority`` puts first.
