@@ -3,19 +3,19 @@
 A stage has the weights of its latest update, ``w``, and some schedules compute with others:
 
 - **corrected** (PipeMare, arXiv 1910.05124, section 3.2): a backward uses ``w - gap * delta``, about the weights of its
-  forward, where ``delta`` is the running mean ``gamma * delta + (1 - gamma) * (w - w_before)`` of the stage's updates. The
-  paper's ``tau_forward - tau_backward`` is the gap of the micro-batch at hand, which the program tells; and in
+  forward, where ``delta`` is the running mean ``gamma * delta + (1 - gamma) * (w - w_before)`` of the stage's updates.
+  The paper's ``tau_forward - tau_backward`` is the gap of the micro-batch at hand, which the program tells; and in
   ``gamma = D ** (1 / (tau_forward - tau_backward))`` it is the stage's largest gap, so that there is one mean.
 - **predicted** (SpecTrain, arXiv 1809.02839; XPipe, arXiv 1911.04610): a forward or a backward of window ``k`` uses
-  ``w + ahead * direction``, the direction being a step of the stage's optimizer without its latest gradient. Both papers
-  look as far as the instant at which the mini-batch comes back to stage 0. The stage has then had ``k + lead`` updates,
-  ``lead`` of its own windows ``k``, ``k + 1``, ... being done before, which the times of the plan tell. ``ahead`` is what
-  is missing to that.
+  ``w + ahead * direction``, the direction being a step of the stage's optimizer without its latest gradient. Both
+  papers look as far as the instant at which the mini-batch comes back to stage 0. The stage has then had ``k + lead``
+  updates: ``lead`` of its own windows ``k``, ``k + 1``, ... are done before, which the times of the plan tell.
+  ``ahead`` is what is missing to that.
 
-The learning rate is rescaled (PipeMare, section 3.1) by ``1 / tau ** (1 - min(k / K, 1))`` at update ``k``, counted from
-where the pipeline begins to run freely, ``tau`` being the mean staleness of the stage, in updates. The paper's ``tau``
-bounds the rate that is stable under a delay; a delay of less than one update bounds nothing beyond what holds without
-delay, and dividing by it would raise the rate. So where ``tau`` is below 1 the rate is left as it is.
+The learning rate is rescaled (PipeMare, section 3.1) by ``1 / tau ** (1 - min(k / K, 1))`` at update ``k``, counted
+from where the pipeline begins to run freely, ``tau`` being the mean staleness of the stage, in updates. The paper's
+``tau`` bounds the rate that is stable under a delay; a delay of less than one update bounds nothing beyond what holds
+without delay, and dividing by it would raise the rate. So where ``tau`` is below 1 the rate is left as it is.
 """
 
 from __future__ import annotations
@@ -39,22 +39,24 @@ class Extrapolation:
 
     Args:
         weights: see :class:`.Schedule`.
+        micro_batches: likewise.
         max_gap: likewise.
         most_ahead: updates that a forward looks ahead, at most, once the program repeats; 0 where it does not.
         lead: updates beyond those of the windows before that a stage has had when a window is complete on stage 0.
         correction_decay: see :class:`.Schedule`.
         rescale_steps: likewise.
-        rescaled_from: windows at the start of a job that end with a flush.
+        free_from: windows at the start of a job that end with a flush, in which nothing is extrapolated or rescaled.
         divisors: by what learning rates are divided at first.
     """
 
     weights: str
+    micro_batches: int
     max_gap: tuple[int, ...]
     most_ahead: tuple[int, ...]
     lead: tuple[int, ...]
     correction_decay: float
     rescale_steps: int
-    rescaled_from: int
+    free_from: int
     divisors: tuple[float, ...]
 
     @property
@@ -76,7 +78,7 @@ class Extrapolation:
 
     def divisor(self, stage: int, update: int) -> float:
         """What divides the learning rate of the stage at ``update``, counted from the job's start."""
-        done = update - self.rescaled_from
+        done = update - self.free_from
         if not 0 <= done < self.rescale_steps:
             return 1.0
         return float(self.divisors[stage] ** (1 - done / self.rescale_steps))
@@ -99,8 +101,8 @@ class Extrapolation:
             )
         rescaled = f"divided at first by {_numbers(self.divisors)}, by 1 after {self.rescale_steps} updates"
         return (
-            f"in a backward w - gap * delta, delta a mean of updates that holds {self.correction_decay:.3g} of one when "
-            f"the stage has had as many more as its largest gap; learning rates are "
+            f"in a backward w - gap * delta, delta a mean of updates that holds {self.correction_decay:.3g} of one "
+            f"when the stage has had as many more as its largest gap; learning rates are "
             f"{rescaled if self.rescale_steps else 'whole'}"
         )
 
@@ -119,12 +121,13 @@ def planned_extrapolation(planner: Planner) -> Extrapolation | None:
     late = [max(found[stage, number].staleness for number in settled) for stage in stages]
     return Extrapolation(
         weights=schedule.weights,
+        micro_batches=size,
         max_gap=schedule.max_gap,
         most_ahead=tuple(late[stage] + lead[stage] if predicts else 0 for stage in stages),
         lead=lead,
         correction_decay=schedule.correction_decay,
         rescale_steps=schedule.rescale_steps,
-        rescaled_from=schedule.flush_first,
+        free_from=schedule.flush_first,
         divisors=tuple(max(1.0, staleness) for staleness in mean_staleness(schedule, found, windows)),
     )
 

@@ -14,6 +14,7 @@ from ..plan.postings import Postings, shifted
 from ..plan.schedule import Schedule
 from .channels import Channels, Tensors
 from .exchange import Exchange
+from .extrapolation import ExtrapolatedWeights
 from .kept_weights import KeptWeights
 from .timeline import Timeline
 from .watch import Watch
@@ -78,6 +79,7 @@ class Executor:
         watch: what is being done and waited for.
         exchange: gradients and weights of stages that several ranks hold; ``None`` where there are none.
         opening: the program of :meth:`.Schedule.opening`, where the schedule has one.
+        extrapolation: of the stage at home here, where the schedule has some.
     """
 
     def __init__(
@@ -89,9 +91,10 @@ class Executor:
         watch: Watch,
         exchange: Exchange | None = None,
         opening: Planner | None = None,
+        extrapolation: ExtrapolatedWeights | None = None,
     ) -> None:
         self.planner, self.schedule, self.rank = planner, planner.schedule, rank
-        self._opening = opening
+        self._opening, self._extrapolation = opening, extrapolation or ExtrapolatedWeights(rank, (), ())
         self._worker, self._channels, self._watch, self._exchange = worker, channels, watch, exchange
         self._last_stage = self.schedule.num_stages - 1
         self.versions = dict.fromkeys(self.schedule.placement.stages[rank], 0)
@@ -114,6 +117,7 @@ class Executor:
         self._begin_program()
         self.versions = dict.fromkeys(self.versions, window)
         self.kept.clear()
+        self._extrapolation.clear()
         self._in_flight: dict[Action, int] = {}
         self._early: list[Action] = []
         self._snapshots: dict[tuple[int, int], Any] = {}
@@ -303,7 +307,8 @@ class Executor:
         self._take_snapshot(action, window, direction)
         latest, base = self.versions[stage], self._base
         version = base + self._running.schedule.forward_version(window - base, latest - base)
-        with self._computing(action), self.kept.using(stage, version, latest):
+        extrapolated = self._extrapolation.using(action, version, latest)
+        with self._computing(action), self.kept.using(stage, version, latest), extrapolated:
             outputs = self._worker.forward(action, inputs)
         self._in_flight[action] = version
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
@@ -315,8 +320,10 @@ class Executor:
         gradients = self._receive(stage + 1, action) if stage < self._last_stage else None
         self._settle(stage)
         forward = self._in_flight[Action(stage, FORWARD, micro_batch)]
-        version = self._running.schedule.backward_version(forward, self.versions[stage])
-        with self._computing(action), self.kept.using(stage, version, self.versions[stage]):
+        latest = self.versions[stage]
+        version = self._running.schedule.backward_version(forward, latest)
+        extrapolated = self._extrapolation.using(action, forward, latest)
+        with self._computing(action), self.kept.using(stage, version, latest), extrapolated:
             input_gradients = self._worker.backward(action, gradients)
         del self._in_flight[Action(stage, FORWARD, micro_batch)]
         self._drop_versions(stage)
@@ -344,7 +351,7 @@ class Executor:
         home, *guests = self.schedule.placement.holders[action.stage]
         self.kept.before_update(action.stage, self.versions[action.stage])
         if self.rank == home:
-            with self._computing(action):
+            with self._computing(action), self._extrapolation.stepping(action.index):
                 self._worker.update(action)
             if guests:
                 assert self._exchange is not None

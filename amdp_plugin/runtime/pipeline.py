@@ -28,6 +28,7 @@ from .channels import Channels
 from .device import device_of
 from .exchange import Exchange, gradient_links, weight_links
 from .executor import Executor, Worker, keep_sent
+from .extrapolation import ExtrapolatedWeights
 from .feed import Feed
 from .feedback import ErrorFeedback
 from .groups import MAX_CHANNELS, channels_of_a_message
@@ -81,6 +82,7 @@ class Pipeline:
         executor: runs the program; there after :meth:`start`.
         planned: the figures of the program; likewise.
         feedback: what this rank's own stage computes with, and what its optimizer goes on from.
+        extrapolation: what it computes with instead, in one forward or backward.
 
     Raises:
         ValueError: for a schedule that can only be planned; on every rank, where their programs differ.
@@ -89,6 +91,7 @@ class Pipeline:
     executor: Executor
     planned: Report
     feedback: ErrorFeedback
+    extrapolation: ExtrapolatedWeights
 
     def __init__(
         self,
@@ -132,6 +135,9 @@ class Pipeline:
             feedback: of the stage that is at home here.
         """
         self.feedback = feedback
+        self.extrapolation = ExtrapolatedWeights(
+            self.site.rank, feedback.parameters, feedback.optimizers, feedback.refresh
+        )
         self.replicas, self._replicated = replicas, modules
         if self.schedule.reduces:
             placement = self.schedule.placement
@@ -154,6 +160,7 @@ class Pipeline:
         schedule = self.schedule
         self.planned = report(self._planner, windows=1, master_weights=self.feedback.has_masters)
         self.feedback.begin(self.planned.coefficient)
+        self.extrapolation.begin(self.planned.extrapolation)
         if self.channels is not None:
             self.channels.keep_sent = keep_sent(schedule)
         elif schedule.num_ranks > 1:
@@ -163,8 +170,9 @@ class Pipeline:
                 transport, self.watch, keep_sent(schedule), site.dynamic_shapes, site.shapes_hint
             )
         self.executor = Executor(
-            self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange, self._opening
-        )
+            self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange, self._opening,
+            self.extrapolation,
+        )  # fmt: skip
         self.executor.restart(window)
 
     def replan(self, schedule: Schedule) -> None:
@@ -207,14 +215,21 @@ class Pipeline:
         Args:
             window: updates that the checkpoint's weights have had.
             random_states: what its streams of random numbers would draw next, where it tells.
-            ahead: what this rank's own stage computed with, likewise; see :meth:`.ErrorFeedback.restart`.
+            ahead: what :meth:`ahead` returned, likewise.
         """
         self.feedback.restart(ahead)
+        self.extrapolation.restart(ahead)
         if random_states:
             self.random_streams.load(random_states)
         self.copy_home()
         self.executor.restart(window)
         self.feed.restart(window * self.schedule.micro_batches)
+
+    def ahead(self) -> list[Tensor] | None:
+        """What a resumed run needs of this rank's own stage beside weights and optimizer: what it computes with under
+        error feedback, or the running means of its updates (:meth:`.ExtrapolatedWeights.means`); ``None`` for nothing.
+        Data-parallel replicas have the same."""
+        return self.extrapolation.means() if self.feedback.coefficient is None else self.feedback.ahead()
 
     def copy_home(self) -> None:
         """Let the guests take the weights and buffers of their homes; nothing may be in flight."""
@@ -224,7 +239,7 @@ class Pipeline:
 
     def other_weights(self) -> list[Tensor]:
         """What is kept of the weights on this rank beside those that stages compute with and optimizers step."""
-        return [*self.feedback.kept(), *self.executor.kept.tensors()]
+        return [*self.feedback.kept(), *self.extrapolation.kept(), *self.executor.kept.tensors()]
 
     def exchange_buffers(self) -> Iterable[Tensor]:
         """The memory that replicas exchange gradients and weights through on this rank."""

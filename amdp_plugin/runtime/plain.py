@@ -13,6 +13,7 @@ from torch import nn
 from ..plan.action import Action
 from ..plan.schedule import Schedule
 from .channels import Tensors
+from .extrapolation import ExtrapolatedWeights
 from .feed import Feed
 from .feedback import ErrorFeedback
 from .losses import WindowLosses
@@ -57,6 +58,10 @@ class PlainWorker(StagesWorker):
         self.feedback = {
             stage: ErrorFeedback(modules[stage].parameters(), [optimizer], coefficient=coefficient)
             for stage, optimizer in optimizers.items()
+        }
+        self.extrapolation = {
+            stage: ExtrapolatedWeights(stage, feedback.parameters, feedback.optimizers)
+            for stage, feedback in self.feedback.items()
         }
         self._stages = {
             stage: Stage(module, loss if stage == self.last_stage else None, lambda loss: loss / schedule.micro_batches)

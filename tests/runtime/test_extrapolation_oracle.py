@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ D, K = 0.3, 5
 
 def test_pipemare_by_hand() -> None:
     """Two stages, windows of one, SGD with a rate of 1/2, y = w1 * w0 * input, loss = y. Stage 0 has a gap of one, so
-    gamma is D = 1/4; stage 1 has none. Micro-batches 1, 2, 1: the second is forwarded by stage 0 before its first update,
-    and the third before its second.
+    gamma is D = 1/4; stage 1 has none. Micro-batches 1, 2, 1: the second is forwarded by stage 0 before its first
+    update, and the third before its second.
 
     | | activation | gradients of w0, w1 | w0, w1 | delta of stage 0 |
     |---|---|---|---|---|
@@ -44,8 +45,8 @@ def test_pipemare_by_hand() -> None:
 def test_a_backward_of_pipemare_by_hand() -> None:
     """Three stages, of which the first learns nothing but what its input's gradient was: that of stage 1's weight.
 
-    Stage 1 forwards its second micro-batch with w = 1, then steps by -1/2 * 1 to 1/2, so that delta = 3/4 * -1/2 = -3/8 (its
-    gap is one, D = 1/4), and backwards it with 1/2 + 3/8 = 7/8.
+    Stage 1 forwards its second micro-batch with w = 1, then steps by -1/2 * 1 to 1/2, so that delta is
+    3/4 * -1/2 = -3/8 (its gap is one, D = 1/4), and backwards it with 1/2 + 3/8 = 7/8.
     """
     seen: list[float] = []
     stages = [Watched(seen), Scale(1.0), Still()]
@@ -64,7 +65,7 @@ def test_rescaled_rates_by_hand() -> None:
     for _ in range(3):
         oracle.train(numbers([1.0]), 1)
         steps.append(stages[0].weight.item())
-    taken = [before - after for before, after in zip(steps, steps[1:], strict=False)]
+    taken = [before - after for before, after in pairwise(steps)]
     assert taken == pytest.approx([0.5 / 2, 0.5 / 2**0.5, 0.5])
     assert [group["lr"] for group in oracle.optimizers[0].param_groups] == [0.5]
 
@@ -130,7 +131,7 @@ def test_against_a_simulation_of_delay(name: str, stages: int, size: int, optimi
     plain = linear_stages(stages)
     SerialPipeline(plain, OPTIMIZERS[optimizer], squares, make("paci", stages, size)).train(vectors(), windows)
     same = torch.allclose(plain[0].weight, modules[0].weight, rtol=1e-6)
-    assert same == (name == "pipemare" and stages == 2), "with two stages only the first has a gap, and no input gradient"
+    assert same == (name == "pipemare" and stages == 2), "of two stages the first alone has a gap, and hands on nothing"
 
 
 RATE, DECAY = {"sgd": 0.05, "adamw": 0.01}, 0.3
