@@ -61,14 +61,6 @@ class ExtrapolatedWeights:
             return
         for optimizer in self._optimizers:
             check_optimizer(optimizer, planned.predicts)
-        whole = sum(parameter.numel() for parameter in self._parameters)
-        if planned.decay(self._stage) is not None and sum(tensor.numel() for tensor in self._stepped()) < whole:
-            raise ValueError(
-                f"stage {self._stage} keeps a running mean of its updates, which a checkpoint holds once for all "
-                "data-parallel replicas, and each of them steps a part of the weights alone: use an optimizer that is "
-                'not sharded (DeepSpeed: "zero_optimization": {"stage": 0} without bf16; Megatron: no '
-                "--use-distributed-optimizer), one replica, or paci"
-            )
 
     @contextmanager
     def stepping(self, update: int) -> Iterator[None]:
@@ -102,7 +94,7 @@ class ExtrapolatedWeights:
             steps = planned.forward_steps(self._stage, window, version)
         else:
             steps = planned.backward_steps(self._stage, window, forward, version)
-        if forwards and planned.weights == "predicted_by_window":
+        if forwards and planned.weights == "predicted_by_window" and (steps or self._window == window):
             self._keep_own()
             self._write_of_window(window, steps)
         elif steps:
@@ -121,7 +113,8 @@ class ExtrapolatedWeights:
         self._window, self._predicted = None, []
 
     def means(self) -> list[Tensor] | None:
-        """The running means of updates, for a checkpoint; ``None`` where there are none."""
+        """The running means of updates, for a checkpoint; ``None`` where there are none. They are of what is stepped
+        here: data-parallel replicas may have other parts."""
         if self._planned is None or self._planned.decay(self._stage) is None:
             return None
         return [self._mean(tensor) for tensor in self._stepped()]
@@ -142,8 +135,8 @@ class ExtrapolatedWeights:
         stepped = list(self._stepped())
         if [value.shape for value in means] != [tensor.shape for tensor in stepped]:
             raise ValueError(
-                "the running means of updates are of another stage: load the checkpoint with as many stages and the "
-                "precision that wrote it, or without the files that hold them"
+                "the running means of updates are of other weights: load the checkpoint with as many stages and "
+                "replicas, and in the precision, as wrote it, or without the files that hold them"
             )
         self._means = {tensor: value.to(tensor, copy=True) for tensor, value in zip(stepped, means, strict=True)}
 
@@ -189,8 +182,7 @@ class ExtrapolatedWeights:
                         if tensor.untyped_storage().data_ptr() not in storages:
                             masters.append((tensor, tensor.detach().clone()))
                         tensor.add_(move * steps)
-            if masters:
-                self._refresh()
+            self._refresh()
             for tensor, value in masters:
                 tensor.copy_(value)
 

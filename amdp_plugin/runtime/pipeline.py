@@ -208,28 +208,24 @@ class Pipeline:
         self.feedback.put_plain()
 
     def restart(
-        self, window: int, random_states: list[Any] | None, ahead: Sequence[Tensor] | None = None
-    ) -> None:
+        self, window: int, random_states: list[Any] | None, ahead: Sequence[Tensor] | None = None,
+        means: Sequence[Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Go on from a checkpoint: nothing is in flight, and data that was read ahead is dropped.
 
         Args:
             window: updates that the checkpoint's weights have had.
             random_states: what its streams of random numbers would draw next, where it tells.
-            ahead: what :meth:`ahead` returned, likewise.
+            ahead: what this rank's own stage computed with, likewise; see :meth:`.ErrorFeedback.restart`.
+            means: of its updates, likewise; see :meth:`.ExtrapolatedWeights.restart`.
         """
         self.feedback.restart(ahead)
-        self.extrapolation.restart(ahead)
+        self.extrapolation.restart(means)
         if random_states:
             self.random_streams.load(random_states)
         self.copy_home()
         self.executor.restart(window)
         self.feed.restart(window * self.schedule.micro_batches)
-
-    def ahead(self) -> list[Tensor] | None:
-        """What a resumed run needs of this rank's own stage beside weights and optimizer: what it computes with under
-        error feedback, or the running means of its updates (:meth:`.ExtrapolatedWeights.means`); ``None`` for nothing.
-        Data-parallel replicas have the same."""
-        return self.extrapolation.means() if self.feedback.coefficient is None else self.feedback.ahead()
 
     def copy_home(self) -> None:
         """Let the guests take the weights and buffers of their homes; nothing may be in flight."""
@@ -240,6 +236,15 @@ class Pipeline:
     def other_weights(self) -> list[Tensor]:
         """What is kept of the weights on this rank beside those that stages compute with and optimizers step."""
         return [*self.feedback.kept(), *self.extrapolation.kept(), *self.executor.kept.tensors()]
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether error feedback or extrapolation may keep some of these, on some rank."""
+        return self.planned.coefficient is not None or self.planned.extrapolation is not None
+
+    def bytes_kept(self) -> tuple[int, int]:
+        """Of these, those of error feedback and those of extrapolation."""
+        return self.feedback.bytes_kept(), self.extrapolation.bytes_kept()
 
     def exchange_buffers(self) -> Iterable[Tensor]:
         """The memory that replicas exchange gradients and weights through on this rank."""

@@ -16,7 +16,7 @@ from tests.runtime.models import OPTIMIZERS
 from tests.runtime.pipelines import placed
 
 from .jobs import Job, assert_equals_oracle, assert_same, finish, make_engine, make_oracle, oracle, stream
-from .test_oracle import BF16, FEEDBACK, MASTERS, NON_REENTRANT, WARMUP
+from .test_oracle import BF16, FEEDBACK, MASTERS, NON_REENTRANT, PIPEMARE, WARMUP
 
 HALF = 10
 ZERO = {"zero_optimization": {"stage": 1}}
@@ -46,6 +46,10 @@ JOBS = {
     "error feedback, bf16": Job(AHEAD_PACI, 2, 2, optimizer="adamw", config=BF16, dtype=torch.bfloat16, replicas=2),
     **{name: Job(schedule, 3, 2, optimizer="adamw") for name, schedule in FLUSHED.items()},
     "error feedback, amdp": Job(AHEAD_AMDP, 4, 4, kind="counting", optimizer="adamw"),
+    "pipemare": Job(PIPEMARE, 3, 2, optimizer="adamw", config=SCHEDULED),
+    "pipemare, bf16": Job(PIPEMARE, 3, 2, optimizer="adamw", config=BF16, dtype=torch.bfloat16, replicas=2),
+    "xpipe": Job("xpipe", 3, 2, optimizer="adamw", config=SCHEDULED),
+    "spectrain, ZeRO-1": Job("spectrain", 3, 1, optimizer="adamw", config=ZERO, replicas=2),
     "error feedback, amdp, bf16": Job(AHEAD_AMDP, 4, 4, optimizer="adamw", config=BF16, dtype=torch.bfloat16),
 }
 
