@@ -100,10 +100,11 @@ class Extrapolation:
                 f"{_numbers(self.lead)} in a backward"
             )
         rescaled = f"divided at first by {_numbers(self.divisors)}, by 1 after {self.rescale_steps} updates"
+        rescales = self.rescale_steps > 0 and max(self.divisors) > 1
         return (
             f"in a backward w - gap * delta, delta a mean of updates that holds {self.correction_decay:.3g} of one "
             f"when the stage has had as many more as its largest gap; learning rates are "
-            f"{rescaled if self.rescale_steps else 'whole'}"
+            f"{rescaled if rescales else 'whole'}"
         )
 
 

@@ -149,7 +149,7 @@ class SerialPipeline:
         opening, extrapolation = planner.schedule.opening(), planned_extrapolation(planner)
         if extrapolation is not None:
             self._extrapolation = self._extrapolation or SerialExtrapolation(self._masters, self.optimizers)
-            self._extrapolation.planned = extrapolation
+            self._extrapolation.begin(extrapolation)
         self._losses.clear()
         flushed = min(windows, max(0, self.schedule.flush_first - first))
         losses = self._play(Planner(opening, self._costs), data, flushed) if opening and flushed else []

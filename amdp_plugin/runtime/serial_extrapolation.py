@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.extrapolation import Extrapolation
+from .smooth_direction import check_optimizer
 
 
 class SerialExtrapolation:
@@ -18,11 +19,9 @@ class SerialExtrapolation:
         masters: of every stage, and
         optimizers: what steps them.
 
-    Attributes:
-        planned: how far.
     """
 
-    planned: Extrapolation
+    _planned: Extrapolation
 
     def __init__(
         self, masters: Sequence[Sequence[nn.Parameter]], optimizers: Sequence[torch.optim.Optimizer]
@@ -31,17 +30,28 @@ class SerialExtrapolation:
         self._means = [[torch.zeros_like(master) for master in each] for each in masters]
         self._of_windows: dict[int, tuple[int, list[Tensor]]] = {}
 
+    def begin(self, planned: Extrapolation) -> None:
+        """Extrapolate like this from now on, with nothing in flight.
+
+        Raises:
+            ValueError: where an optimizer does not show what is needed.
+        """
+        for optimizer in self._optimizers:
+            check_optimizer(optimizer, planned.predicts)
+        self._planned = planned
+
     def forward(self, stage: int, window: int, version: int) -> list[Tensor]:
         """The weights of a forward."""
-        if self.planned.weights == "predicted_by_window":
-            if self._of_windows.get(stage, (-1,))[0] != window:
-                self._of_windows[stage] = window, self._moved(stage, self.planned.forward_steps(stage, window, version))
-            return self._of_windows[stage][1]
-        return self._moved(stage, self.planned.forward_steps(stage, window, version))
+        steps = self._planned.forward_steps(stage, window, version)
+        if self._planned.weights != "predicted_by_window":
+            return self._moved(stage, steps)
+        if self._of_windows.get(stage, (-1,))[0] != window:
+            self._of_windows[stage] = window, self._moved(stage, steps)
+        return self._of_windows[stage][1]
 
     def backward(self, stage: int, window: int, forward: int, version: int) -> list[Tensor]:
         """Likewise of a backward, whose forward had weights of version ``forward``."""
-        return self._moved(stage, self.planned.backward_steps(stage, window, forward, version))
+        return self._moved(stage, self._planned.backward_steps(stage, window, forward, version))
 
     def restart(self) -> None:
         """Nothing is in flight."""
@@ -50,7 +60,7 @@ class SerialExtrapolation:
     @contextmanager
     def stepping(self, stage: int, update: int) -> Iterator[None]:
         """Within it the optimizer of ``stage`` steps, for the ``update``-th time."""
-        optimizer, divisor = self._optimizers[stage], self.planned.divisor(stage, update)
+        optimizer, divisor = self._optimizers[stage], self._planned.divisor(stage, update)
         before = [master.detach().clone() for master in self._masters[stage]]
         rates = [(group, group["lr"]) for group in optimizer.param_groups]
 
@@ -65,7 +75,7 @@ class SerialExtrapolation:
         for group, rate in rates:
             if group["lr"] == rate / divisor:  # else a scheduler has set the next one meanwhile
                 group["lr"] = rate
-        decay = self.planned.decay(stage)
+        decay = self._planned.decay(stage)
         if decay is not None:
             self._means[stage] = [
                 decay * mean + (1 - decay) * (master.detach() - old)
@@ -74,7 +84,7 @@ class SerialExtrapolation:
 
     def _moved(self, stage: int, steps: int) -> list[Tensor]:
         masters = self._masters[stage]
-        if self.planned.predicts:
+        if self._planned.predicts:
             moves = [self._direction(self._optimizers[stage], master) for master in masters]
         else:
             moves = self._means[stage]
