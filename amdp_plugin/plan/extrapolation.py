@@ -26,11 +26,11 @@ from dataclasses import dataclass
 
 from .action import BACKWARD, UPDATE, Action
 from .planner import Planner
-from .schedule import PREDICTED
 from .simulate import simulate
 from .staleness import mean_staleness
 from .timing import Timing
 from .versions import versions
+from .weights import PREDICTED
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from math import inf
 from typing import Any
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .placement import Placement
+from .weights import KEPT, check_compensation, check_weights
 
 Place = tuple[int, Action]
 """An action on a rank."""
@@ -34,12 +34,6 @@ Priority = Callable[[Action, float], tuple[Any, ...]]
 """Orders what a rank could start now, the least first. Takes the action, and the instant since which it could
 be started, in mean forwards of a stage."""
 
-
-KEPT = ("stashed", "previous")
-"""Weights of which versions are kept, so that a backward uses those of its forward."""
-PREDICTED = ("predicted", "predicted_by_window")
-WEIGHTS = ("latest", *KEPT, "corrected", *PREDICTED)
-COMPENSATIONS = ("none", "error_feedback")
 
 
 def backward_first(action: Action, since: float) -> tuple[int, int]:
@@ -152,8 +146,10 @@ class Schedule:
             raise ValueError(f"{self.name}: in_flight and max_gap need one entry for each of {stages} stages")
         if min(self.in_flight) < 1:
             raise ValueError(f"{self.name}: every stage must admit at least one micro-batch, got {self.in_flight}")
-        self._check_weights()
-        self._check_compensation()
+        if not self.keeps_versions and not self.weight_versions:
+            object.__setattr__(self, "weight_versions", (1,) * self.num_stages)
+        check_weights(self)
+        check_compensation(self)
         if self.update_delay < 0:
             raise ValueError(f"{self.name}: update_delay counts backwards, at least 0; got {self.update_delay}")
         if self.flush_every and self.update_delay:
@@ -164,45 +160,6 @@ class Schedule:
                 f"is at most {self.micro_batches // directions}, got {self.update_delay}"
             )
         self._try_priorities()
-
-    def _check_weights(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise ValueError(f"{self.name}: weights are {', '.join(WEIGHTS)}; got {self.weights!r}")
-        if not self.keeps_versions and not self.weight_versions:
-            object.__setattr__(self, "weight_versions", (1,) * self.num_stages)
-        if len(self.weight_versions) != self.num_stages or min(self.weight_versions) < 1:
-            raise ValueError(
-                f"{self.name}: weight_versions need one entry, at least 1, for each of {self.num_stages} stages; got "
-                f"{self.weight_versions}"
-            )
-        if self.weights != "latest" and self.reduces:
-            raise ValueError(f"{self.name}: stages that several ranks hold have their latest weights alone")
-        if not (0 < self.correction_decay < 1 if self.weights == "corrected" else self.correction_decay == 0):
-            raise ValueError(
-                f"{self.name}: correction_decay is of corrected weights, above 0 and below 1, and 0 of others; got "
-                f"{self.correction_decay} for {self.weights} weights"
-            )
-        if self.rescale_steps < 0 or (self.flush and self.rescale_steps):
-            raise ValueError(
-                f"{self.name}: rescale_steps counts updates, at least 0, and 0 under a flush at every window, where "
-                f"nothing is late; got {self.rescale_steps}"
-            )
-
-    def _check_compensation(self) -> None:
-        if self.compensation not in COMPENSATIONS:
-            raise ValueError(f"{self.name}: compensation is {' or '.join(COMPENSATIONS)}, got {self.compensation!r}")
-        if not 0 < self.strength < inf:
-            raise ValueError(f"{self.name}: strength is a number above 0, got {self.strength}")
-        if self.flush and self.compensation != "none":
-            raise ValueError(
-                f"{self.name}: compensation {self.compensation!r} means nothing under a flush at every window, where "
-                'no gradient is late (staleness 0); use "none", or a free-running schedule'
-            )
-        if self.extrapolates and self.compensation != "none":
-            raise ValueError(
-                f"{self.name}: its {self.weights} weights are a compensation already, so that compensation must be "
-                f'"none", got {self.compensation!r}; paci and pipedream-2bw take it'
-            )
 
     def _try_priorities(self) -> None:
         """They are called in earnest only where a rank has a choice, which may come late in a run."""

@@ -94,13 +94,13 @@ class Executor:
         extrapolation: ExtrapolatedWeights | None = None,
     ) -> None:
         self.planner, self.schedule, self.rank = planner, planner.schedule, rank
-        self._opening, self._extrapolation = opening, extrapolation or ExtrapolatedWeights(rank, (), ())
+        self._opening = opening
         self._worker, self._channels, self._watch, self._exchange = worker, channels, watch, exchange
         self._last_stage = self.schedule.num_stages - 1
         self.versions = dict.fromkeys(self.schedule.placement.stages[rank], 0)
         """Updates that each stage on this rank has had since the job's start."""
-        self.kept = KeptWeights(self.schedule, worker.parameters)
-        """Other versions of the weights that are in use."""
+        self.kept = KeptWeights(self.schedule, worker.parameters, extrapolation)
+        """Other weights than those that optimizers step, where some are in use."""
         self.largest_gap = 0
         """The largest (version at backward) - (version at forward) that was measured."""
         self.peak_in_flight = 0
@@ -117,7 +117,6 @@ class Executor:
         self._begin_program()
         self.versions = dict.fromkeys(self.versions, window)
         self.kept.clear()
-        self._extrapolation.clear()
         self._in_flight: dict[Action, int] = {}
         self._early: list[Action] = []
         self._snapshots: dict[tuple[int, int], Any] = {}
@@ -307,8 +306,7 @@ class Executor:
         self._take_snapshot(action, window, direction)
         latest, base = self.versions[stage], self._base
         version = base + self._running.schedule.forward_version(window - base, latest - base)
-        extrapolated = self._extrapolation.using(action, version, latest)
-        with self._computing(action), self.kept.using(stage, version, latest), extrapolated:
+        with self._computing(action), self.kept.using(action, version, version, latest):
             outputs = self._worker.forward(action, inputs)
         self._in_flight[action] = version
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
@@ -322,8 +320,7 @@ class Executor:
         forward = self._in_flight[Action(stage, FORWARD, micro_batch)]
         latest = self.versions[stage]
         version = self._running.schedule.backward_version(forward, latest)
-        extrapolated = self._extrapolation.using(action, forward, latest)
-        with self._computing(action), self.kept.using(stage, version, latest), extrapolated:
+        with self._computing(action), self.kept.using(action, forward, version, latest):
             input_gradients = self._worker.backward(action, gradients)
         del self._in_flight[Action(stage, FORWARD, micro_batch)]
         self._drop_versions(stage)
@@ -349,9 +346,8 @@ class Executor:
 
     def _update(self, action: Action) -> None:
         home, *guests = self.schedule.placement.holders[action.stage]
-        self.kept.before_update(action.stage, self.versions[action.stage])
         if self.rank == home:
-            with self._computing(action), self._extrapolation.stepping(action.index):
+            with self._computing(action), self.kept.stepping(action, self.versions[action.stage]):
                 self._worker.update(action)
             if guests:
                 assert self._exchange is not None
@@ -360,12 +356,8 @@ class Executor:
         self._drop_versions(action.stage)
 
     def _drop_versions(self, stage: int) -> None:
-        """Keep those of what is in flight, the latest, and what the next forward may use."""
-        if self.schedule.weights == "latest":
-            return
-        latest = self.versions[stage]
         in_flight = (version for action, version in self._in_flight.items() if action.stage == stage)
-        self.kept.drop(stage, {*in_flight, latest, latest - (self.schedule.weights == "previous")})
+        self.kept.drop(stage, in_flight, self.versions[stage])
 
     @contextmanager
     def _computing(self, action: Action) -> Iterator[None]:

@@ -235,7 +235,7 @@ class Pipeline:
 
     def other_weights(self) -> list[Tensor]:
         """What is kept of the weights on this rank beside those that stages compute with and optimizers step."""
-        return [*self.feedback.kept(), *self.extrapolation.kept(), *self.executor.kept.tensors()]
+        return [*self.feedback.kept(), *self.executor.kept.tensors()]
 
     @property
     def keeps_weights(self) -> bool:

@@ -111,7 +111,7 @@ def _check_predictions(setting: Setting, variants: Sequence[Variant], optimizers
     """
     from torch import nn, ones
 
-    from ..plan.schedule import PREDICTED
+    from ..plan.weights import PREDICTED
     from ..runtime.smooth_direction import check_optimizer
     from .optimizers import OPTIMIZERS
 
