@@ -1,8 +1,8 @@
 """Weights beside those that an optimizer steps, for schedules that say which a forward and backward use.
 
-Versions that are used again are kept here; weights that no update has made are :mod:`.extrapolation`'s. A graph may have
-saved a weight itself or a view of its memory (``weight.t()``). So a version has memory of its own, which nothing ever
-writes to, and the parameters point to it at the forward and at the backward alike.
+Versions that are used again are kept here; weights that no update has made are :mod:`.extrapolation`'s. A graph may
+have saved a weight itself or a view of its memory (``weight.t()``). So a version has memory of its own, which nothing
+ever writes to, and the parameters point to it at the forward and at the backward alike.
 """
 
 from __future__ import annotations
