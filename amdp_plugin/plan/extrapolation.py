@@ -8,14 +8,16 @@ A stage has the weights of its latest update, ``w``, and some schedules compute 
   ``gamma = D ** (1 / (tau_forward - tau_backward))`` it is the stage's largest gap, so that there is one mean.
 - **predicted** (SpecTrain, arXiv 1809.02839; XPipe, arXiv 1911.04610): a forward or a backward of window ``k`` uses
   ``w + ahead * direction``, the direction being a step of the stage's optimizer without its latest gradient. Both
-  papers look as far as the instant at which the mini-batch comes back to stage 0. The stage has then had ``k + lead``
+  methods look as far as the instant at which the mini-batch comes back to stage 0. The stage has then had ``k + lead``
   updates: ``lead`` of its own windows ``k``, ``k + 1``, ... are done before, which the times of the plan tell.
-  ``ahead`` is what is missing to that.
+  ``ahead`` is what is missing to that. With backwards as long as forwards that is SpecTrain's version difference, and
+  XPipe's of a backward; in a forward XPipe rounds a time to updates, which here are counted.
 
 The learning rate is rescaled (PipeMare, section 3.1) by ``1 / tau ** (1 - min(k / K, 1))`` at update ``k``, counted
 from where the pipeline begins to run freely, ``tau`` being the mean staleness of the stage, in updates. The paper's
-``tau`` bounds the rate that is stable under a delay; a delay of less than one update bounds nothing beyond what holds
-without delay, and dividing by it would raise the rate. So where ``tau`` is below 1 the rate is left as it is.
+``tau``, about twice as long, is of a pipeline whose stages forward and backward at once. It bounds the rate that is
+stable under a delay; a delay of less than one update bounds nothing beyond what holds without delay, and dividing by it
+would raise the rate. So where ``tau`` is below 1 the rate is left as it is.
 """
 
 from __future__ import annotations
