@@ -71,7 +71,9 @@ class Extrapolation:
 
     def backward_steps(self, stage: int, window: int, forward: int, version: int) -> int:
         """Likewise of the backward, whose forward had weights of version ``forward``; below 0 for going back."""
-        return window + self.lead[stage] - version if self.predicts else forward - version
+        if self.predicts:
+            return window + self.lead[stage] - version
+        return forward - version if self.weights == "corrected" else 0
 
     def decay(self, stage: int) -> float | None:
         """gamma of the running mean of the stage's updates; ``None`` where there is none, for want of a gap."""
@@ -101,13 +103,13 @@ class Extrapolation:
                 f"updates ahead by stage: {_numbers(self.most_ahead)} at most in a forward ({of} predicts), "
                 f"{_numbers(self.lead)} in a backward"
             )
-        rescaled = f"divided at first by {_numbers(self.divisors)}, by 1 after {self.rescale_steps} updates"
-        rescales = self.rescale_steps > 0 and max(self.divisors) > 1
-        return (
+        corrected = (
             f"in a backward w - gap * delta, delta a mean of updates that holds {self.correction_decay:.3g} of one "
-            f"when the stage has had as many more as its largest gap; learning rates are "
-            f"{rescaled if rescales else 'whole'}"
+            "when the stage has had as many more as its largest gap; "
         )
+        rescaled = f"divided at first by {_numbers(self.divisors)}, by 1 after {self.rescale_steps} updates"
+        rates = rescaled if self.rescale_steps and max(self.divisors) > 1 else "whole"
+        return f"{corrected if self.weights == 'corrected' else ''}learning rates are {rates}"
 
 
 def planned_extrapolation(planner: Planner) -> Extrapolation | None:

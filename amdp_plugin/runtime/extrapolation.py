@@ -203,7 +203,9 @@ class ExtrapolatedWeights:
                 self._mean(tensor).mul_(decay).add_(update.mul_(1 - decay))
 
     def _mean(self, tensor: Tensor) -> Tensor:
-        return self._means.setdefault(tensor, torch.zeros_like(tensor, requires_grad=False))
+        if tensor not in self._means:
+            self._means[tensor] = torch.zeros_like(tensor, requires_grad=False)
+        return self._means[tensor]
 
     def _stepped(self) -> Iterator[Tensor]:
         for optimizer in self._optimizers:

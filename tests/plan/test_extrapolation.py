@@ -70,6 +70,14 @@ def test_pipemare_rescales_what_is_late_by_more_than_an_update() -> None:
     assert found.divisor(7, 0) == 1.0
 
 
+@pytest.mark.parametrize("name", ["paci", "pipedream"])
+def test_any_schedule_may_rescale_its_rates(name: str) -> None:
+    found = planned_extrapolation(Planner(replace(make(name, 3, 1), rescale_steps=2)))
+    assert found is not None and found.divisors == (2.0, 1.0, 1.0)
+    assert found.backward_steps(0, 4, 2, 4) == found.forward_steps(0, 4, 2) == found.copies(0) == 0
+    assert str(found) == "learning rates are divided at first by 2 1 1, by 1 after 2 updates"
+
+
 def test_rates_are_rescaled_from_where_the_pipeline_runs_freely() -> None:
     found = planned("pipemare", 3, 1, rescale_steps=2, flush_first=3)
     assert [found.divisor(0, update) for update in range(6)] == pytest.approx([1, 1, 1, 2, 2**0.5, 1])
