@@ -17,9 +17,9 @@ METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 """How the distributed optimizer lays out its state: as it is in memory, so that a load changes no bit."""
 
 
-Beside = tuple[list[Any], list[Tensor] | None]
-"""What a rank needs beside model and optimizer: what its streams of random numbers would draw next, and what its stage
-computes with under error feedback."""
+Beside = tuple[list[Any], list[Tensor] | None, list[Tensor] | None]
+"""What a rank needs beside model and optimizer: what its streams of random numbers would draw next, what its stage
+computes with under error feedback, and running means of its updates where a schedule keeps them."""
 
 
 def save(directory: Path, step: int, trained: Trained, beside: Beside) -> None:

@@ -113,8 +113,8 @@ def train(arguments: argparse.Namespace) -> None:
     provider = partial(provide_stage, arguments, config)
     trained = make_trained(arguments, config, device)
     datasets = build_datasets(arguments.data, arguments.data_cache, arguments.sequence_length, arguments.seed)
-    fresh: tuple[int, Beside] = (0, ([GENERATORS.get()], None))
-    step, (random_states, ahead) = load(arguments.checkpoint_dir, trained) if arguments.resume else fresh
+    fresh: tuple[int, Beside] = (0, ([GENERATORS.get()], None, None))
+    step, (random_states, ahead, means) = load(arguments.checkpoint_dir, trained) if arguments.resume else fresh
     GENERATORS.put(random_states[0])
 
     settings, scheduled = read_flags(arguments), None
@@ -122,7 +122,7 @@ def train(arguments: argparse.Namespace) -> None:
     if settings is not None:
         forward_backward = scheduled = forward_backward_func(settings)
         size = arguments.micro_batches
-        scheduled.attach([trained.model], trained.optimizer, provider, step, random_states, size, ahead)
+        scheduled.attach([trained.model], trained.optimizer, provider, step, random_states, size, ahead, means)
 
     size, micro_batches = arguments.micro_batch_size, arguments.micro_batches
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -160,10 +160,10 @@ def train(arguments: argparse.Namespace) -> None:
             report.validation(step, run(iter(validation), len(validation), forward_only=True))
             trained.model.train()
         if is_due(step, arguments.save_every, arguments.steps):
-            beside: Beside = ([GENERATORS.get()], None)
+            beside: Beside = ([GENERATORS.get()], None, None)
             if scheduled is not None:
                 scheduled.quiesce()
-                beside = scheduled.random_states(), scheduled.ahead()
+                beside = scheduled.random_states(), scheduled.ahead(), scheduled.means()
             save(arguments.checkpoint_dir, step, trained, beside)
     report.summary(step)
 

@@ -12,6 +12,8 @@ RANDOM_STATE = "random_state"
 """What each stream of random numbers of a rank would draw next."""
 AHEAD = "weights"
 """What the stage of a rank, and of its replicas, computes with under error feedback."""
+MEANS = "mean_updates"
+"""Running means of the updates of what a rank steps."""
 
 
 def save_beside(kind: str, value: Any, directory: Path, global_rank: int) -> None:

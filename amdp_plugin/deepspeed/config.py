@@ -45,6 +45,12 @@ def enabled(config: Mapping[str, Any], section: str) -> bool:
     return bool(value.get("enabled")) if isinstance(value, Mapping) else bool(value)
 
 
+def offloads(config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer steps on the host."""
+    zero = config.get("zero_optimization")
+    return isinstance(zero, Mapping) and bool(zero.get("offload_optimizer"))
+
+
 def check_compatible(config: Mapping[str, Any], settings: ScheduleSettings) -> None:
     """Refuse what the schedules cannot work with.
 
@@ -67,7 +73,7 @@ def check_compatible(config: Mapping[str, Any], settings: ScheduleSettings) -> N
             'use "bf16"',
         )
     zero = config.get("zero_optimization")
-    if settings.compensation != "none" and isinstance(zero, Mapping) and zero.get("offload_optimizer"):
+    if settings.compensation != "none" and offloads(config):
         refuse(
             f'"compensation": "{settings.compensation}" and "offload_optimizer"',
             "its step on the host has not been tried with two iterates",

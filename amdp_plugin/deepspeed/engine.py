@@ -23,7 +23,7 @@ from ..runtime.executor import Executor
 from ..runtime.pipeline import Pipeline, Site
 from ..runtime.replica import Guest
 from ..settings import check_loss_scale
-from .checkpoint import AHEAD, RANDOM_STATE, load_beside, save_beside
+from .checkpoint import AHEAD, MEANS, RANDOM_STATE, load_beside, save_beside
 from .config import read_settings
 from .feedback import error_feedback
 from .guests import build_replicas, layers, sum_dtype
@@ -135,7 +135,8 @@ class ScheduledPipelineEngine(PipelineEngine):
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's checkpoint, which stock 1F1B loads too, with the random state of every rank beside it, and, with
-        error feedback, what every stage computed with: the checkpoint itself holds the plain iterate.
+        error feedback, what every stage computed with: the checkpoint itself holds the plain iterate. Likewise the
+        running means of updates that a schedule may keep.
 
         What is in flight is cancelled first and forwarded anew afterwards, so that a run resumed from the
         checkpoint equals this one as it goes on, bit for bit.
@@ -148,6 +149,9 @@ class ScheduledPipelineEngine(PipelineEngine):
         ahead = self.pipeline.feedback.ahead()
         if ahead is not None and self._first_replica() == self.global_rank:
             save_beside(AHEAD, ahead, directory, self.global_rank)
+        means = self.pipeline.extrapolation.means()
+        if means is not None:
+            save_beside(MEANS, means, directory, self.global_rank)
         return saved
 
     def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -158,7 +162,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         directory = None if path is None else Path(path).parent
         states = load_beside(RANDOM_STATE, directory, self.global_rank)
         ahead = load_beside(AHEAD, directory, self._first_replica())
-        self.pipeline.restart(self.global_steps, states, ahead)
+        means = load_beside(MEANS, directory, self.global_rank)
+        self.pipeline.restart(self.global_steps, states, ahead, means)
         return path, state
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
@@ -348,8 +353,10 @@ class ScheduledPipelineEngine(PipelineEngine):
         lines = [clipping_line(self.gradient_clipping(), schedule)]
         if self.pipeline.holds_more:
             parked = self.pipeline.most_parked
-            guests, plain = list(self.guests.values()), self.pipeline.feedback.bytes_kept()
-            held = Held([self.module], guests, sum_dtype(self.optimizer), self.exchange_buffers(), plain, parked)
+            guests, (plain, extrapolated) = list(self.guests.values()), self.pipeline.bytes_kept()
+            held = Held(
+                [self.module], guests, sum_dtype(self.optimizer), self.exchange_buffers(), plain, parked, extrapolated
+            )
             lines += memory_table(held, self.grid.get_pipe_parallel_group(), self.device)
         if self.global_rank == 0:
             print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)

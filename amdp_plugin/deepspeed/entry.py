@@ -17,7 +17,7 @@ from torch import nn
 
 from ..runtime.runnable import check_homes, check_runnable
 from ..settings import ScheduleSettings, check_loss_scale
-from .config import check_compatible, check_topology, enabled, read_settings
+from .config import check_compatible, check_topology, enabled, offloads, read_settings
 from .engine import ScheduledPipelineEngine
 from .meeting import needs, tied_across_stages
 
@@ -103,6 +103,11 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
     learns = isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters())
     if schedule.reduces and learns:
         refuse("its last stage runs on several ranks, so loss_fn cannot have weights to train; make it the last layer")
+    if schedule.extrapolates and offloads(config):
+        refuse(
+            '"offload_optimizer": its step on the host has not been tried with weights that are extrapolated; leave it '
+            "out, or use paci"
+        )
     if schedule.updates_meet:
         return
     if tied:

@@ -1,8 +1,8 @@
 """What a run needs to go on bit for bit, beside Megatron-LM's own checkpoint files.
 
 Those hold the random state of the process, which is that of one direction, and what builds the data after a load has
-drawn from it; and under error feedback the weights that an optimizer goes on from, not those that its stage computes
-with.
+drawn from it; under error feedback the weights that an optimizer goes on from, not those that its stage computes with;
+and no running means of updates.
 """
 
 from __future__ import annotations
@@ -36,6 +36,17 @@ def save_ahead(ahead: list[Tensor] | None, iteration: int) -> None:
 def load_ahead(arguments: Any) -> list[Tensor] | None:
     """What was written of this rank's stage, or ``None`` where it begins with the weights of the checkpoint."""
     return None if arguments.no_load_optim else _load("weights", _first_replica(), arguments)
+
+
+def save_means(means: list[Tensor] | None, iteration: int) -> None:
+    """Write the running means of the updates of what this rank steps."""
+    if means is not None:
+        _save("mean_updates", dist.get_rank(), means, iteration)
+
+
+def load_means(arguments: Any) -> list[Tensor] | None:
+    """What this rank wrote, or ``None`` where they begin anew."""
+    return None if arguments.no_load_optim else _load("mean_updates", dist.get_rank(), arguments)
 
 
 def _first_replica() -> int:

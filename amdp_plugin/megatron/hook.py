@@ -73,6 +73,7 @@ class ScheduledForwardBackward:
         random_states: list[Any] | None = None,
         num_microbatches: int | None = None,
         ahead: list[Tensor] | None = None,
+        means: list[Tensor] | None = None,
     ) -> None:
         """Take over the stepping of ``optimizer``, once, before the first call.
 
@@ -85,6 +86,7 @@ class ScheduledForwardBackward:
             num_microbatches: of a window, where that is known: what the schedule cannot work with is then refused here,
                 else at the first call.
             ahead: what :meth:`ahead` returned when the checkpoint was written.
+            means: what :meth:`means` returned then.
 
         Raises:
             ValueError: for anything that the schedule cannot work with.
@@ -98,7 +100,8 @@ class ScheduledForwardBackward:
         self._num_stages, self._rank = self._group.size(), self._group.rank()
         self._clipping, self._fp16 = float(optimizer.config.clip_grad), bool(self._config.fp16)
         self._tied = self._num_stages > 1 and bool(getattr(bare(self._chunk), "share_embeddings_and_output_weights", 0))
-        self._iteration, self._resumed_states, self._resumed_ahead = iteration, random_states, ahead
+        self._iteration, self._resumed_states = iteration, random_states
+        self._resumed_ahead, self._resumed_means = ahead, means
         if num_microbatches is not None:
             self.schedule = self._check(self._make_schedule(num_microbatches))
         self._steps = OptimizerSteps(optimizer, self._chunk)
@@ -127,15 +130,22 @@ class ScheduledForwardBackward:
         iterate; ``None`` without. Data-parallel replicas have the same."""
         return self.pipeline.feedback.ahead() if self._started else self._resumed_ahead
 
+    def means(self) -> list[Tensor] | None:
+        """Running means of the updates of what this rank steps, for a checkpoint; ``None`` under schedules that keep
+        none. Data-parallel replicas may have other parts."""
+        return self.pipeline.extrapolation.means() if self._started else self._resumed_means
+
     def restart(
-        self, iteration: int, random_states: list[Any] | None = None, ahead: list[Tensor] | None = None
-    ) -> None:
+        self, iteration: int, random_states: list[Any] | None = None, ahead: list[Tensor] | None = None,
+        means: list[Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Weights and optimizer were loaded from the checkpoint of ``iteration``: give an iterator that begins where
         that stands."""
-        self._iteration, self._resumed_states, self._resumed_ahead = iteration, random_states, ahead
+        self._iteration, self._resumed_states = iteration, random_states
+        self._resumed_ahead, self._resumed_means = ahead, means
         if self._started:
             self.executor.quiesce()
-            self.pipeline.restart(iteration, random_states, ahead)
+            self.pipeline.restart(iteration, random_states, ahead, means)
 
     @property
     def executor(self) -> Executor:
@@ -229,7 +239,7 @@ class ScheduledForwardBackward:
             self._taken.callback(setattr, self._config, "barrier_with_L1_time", self._config.barrier_with_L1_time)
             self._config.barrier_with_L1_time = False
         self._start(self._iteration)
-        self.pipeline.restart(self._iteration, self._resumed_states, self._resumed_ahead)
+        self.pipeline.restart(self._iteration, self._resumed_states, self._resumed_ahead, self._resumed_means)
 
     def _resize(self, micro_batches: int) -> None:
         before, window = self.pipeline.schedule.micro_batches, self.executor.window
@@ -249,8 +259,9 @@ class ScheduledForwardBackward:
         lines = [clipping_line(self._clipping, schedule), *self.notices]
         if self.pipeline.holds_more:
             parked = self.pipeline.most_parked
-            guests, plain = list(self.guests.values()), self.pipeline.feedback.bytes_kept()
-            held = Held([self._chunk], guests, sum_dtype(self._chunk), self.pipeline.exchange_buffers(), plain, parked)
+            guests, (plain, extrapolated) = list(self.guests.values()), self.pipeline.bytes_kept()
+            buffers = self.pipeline.exchange_buffers()
+            held = Held([self._chunk], guests, sum_dtype(self._chunk), buffers, plain, parked, extrapolated)
             lines += memory_table(held, self._group, self._site().device)
         if dist.get_rank() == 0:
             print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..settings import ScheduleSettings
 from .arguments import add_flags, check_arguments, read_flags
-from .checkpoint import load_ahead, load_random_states, save_ahead, save_random_states
+from .checkpoint import load_ahead, load_means, load_random_states, save_ahead, save_means, save_random_states
 from .hook import ScheduledForwardBackward
 from .stage_view import acting_as
 from .targets import TARGETS
@@ -133,7 +133,9 @@ def _setup_model_and_optimizer(original: Callable[..., Any]) -> Callable[..., An
             hook.notices = _job.notices
             states = load_random_states(arguments) if arguments.iteration else None
             ahead = load_ahead(arguments) if arguments.iteration else None
-            hook.attach(model, optimizer, model_provider, arguments.iteration, states, get_num_microbatches(), ahead)
+            means = load_means(arguments) if arguments.iteration else None
+            size = get_num_microbatches()
+            hook.attach(model, optimizer, model_provider, arguments.iteration, states, size, ahead, means)
             _job.hook = hook
         return model, optimizer, scheduler
 
@@ -163,6 +165,7 @@ def _save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         if _job.hook is not None and not kwargs.get("non_persistent_ckpt"):
             save_random_states(_job.hook.random_states(), iteration)
             save_ahead(_job.hook.ahead(), iteration)
+            save_means(_job.hook.means(), iteration)
         return result
 
     return save

@@ -23,7 +23,7 @@ class Refused:
         instead: what to do.
         allowed: values that are no use of it.
         free_running: refused by free-running schedules alone.
-        compensated: refused with error feedback alone.
+        compensated: refused with error feedback and extrapolated weights alone.
     """
 
     names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Refused:
 
     def concerns(self, schedule: Schedule) -> bool:
         """Whether ``schedule`` refuses it."""
-        if self.compensated and schedule.compensation == "none":
+        if self.compensated and schedule.compensation == "none" and not schedule.extrapolates:
             return False
         return not (self.free_running and schedule.flush)
 
@@ -102,14 +102,14 @@ OPTIONS = (
     ),
     Refused(
         ("use_precision_aware_optimizer",),
-        "the optimizer keeps the master weights to itself, which error feedback must read before and after a step",
-        'leave it out, or use "compensation": "none"',
+        "the optimizer keeps the master weights to itself, which error feedback and extrapolated weights start from",
+        'leave it out, or use paci with "compensation": "none"',
         compensated=True,
     ),
     Refused(
         ("optimizer_cpu_offload",),
-        "steps on the host have not been tried with error feedback",
-        'leave it out, or use "compensation": "none"',
+        "steps on the host have not been tried with error feedback or extrapolated weights",
+        'leave it out, or use paci with "compensation": "none"',
         compensated=True,
     ),
     Refused(("overlap_moe_expert_parallel_comm",), "it is a schedule of its own", "leave it out"),

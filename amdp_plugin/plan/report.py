@@ -12,6 +12,7 @@ from typing import Any
 
 from .action import BACKWARD, UPDATE
 from .decisions import WindowsAgo, check_decisions, windows_ago
+from .extrapolation import Extrapolation, planned_extrapolation
 from .laws import PROGRESS, ProgramError
 from .planner import Planner
 from .program import Program
@@ -56,6 +57,7 @@ class Report:
         flush_first: windows at the start of a job that end with a flush all the same.
         opening_forwards_per_window: time of one of these, as ``forwards_per_window``; ``None`` without them.
         coefficient: what error feedback multiplies a stage's last update with; see :mod:`.staleness`.
+        extrapolation: of weights that no update has made, and of learning rates; ``None`` where there is nothing of it.
         version_gap_by_stage: (version at backward) - (version at forward), the largest of each stage.
         mismatched_by_stage: micro-batches with a gap above 0, in the window that has most of them.
         peak_in_flight_by_rank: micro-batches forwarded and not yet backwarded, at most, over all stages of the rank
@@ -94,6 +96,7 @@ class Report:
     flush_first: int
     opening_forwards_per_window: float | None
     coefficient: float | None
+    extrapolation: Extrapolation | None
     master_weights: bool
     version_gap_by_stage: tuple[int, ...]
     mismatched_by_stage: tuple[int, ...]
@@ -128,6 +131,7 @@ class Report:
             *_item("in flight", f"at most, by rank: {_numbers(self.peak_in_flight_by_rank)}", width),
             *_item("compensation", self._compensated(), width),
             *_item("decisions", self._decided(), width),
+            *(_item("weights", str(self.extrapolation), width) if self.extrapolation else ()),
             *_item("weight copies", f"by rank: {_numbers(self.weight_copies_by_rank)}", width),
             *_item("gradients", f"copies, by rank: {_numbers(self.gradient_copies_by_rank)}; optimizer states: "
                    f"{_numbers(self.optimizer_states_by_rank)}", width),
@@ -188,7 +192,7 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
     found = versions(program)
     utilization, seconds = timing.utilization(first, last), timing.seconds_per_window(first, last)
     gaps = _gap_by_stage(schedule, found)
-    staleness = mean_staleness(schedule, found, settled)
+    staleness, extrapolation = mean_staleness(schedule, found, settled), planned_extrapolation(planner)
     return Report(
         schedule=schedule.name,
         options=schedule.options,
@@ -212,11 +216,12 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
         flush_first=schedule.flush_first,
         opening_forwards_per_window=report(Planner(opening, planner.costs), 1).forwards_per_window if opening else None,
         coefficient=coefficient(schedule, staleness),
+        extrapolation=extrapolation,
         master_weights=master_weights,
         version_gap_by_stage=gaps,
         mismatched_by_stage=_mismatched_by_stage(schedule, found, settled),
         peak_in_flight_by_rank=tuple(max(in_flight(program, rank)) for rank in range(schedule.num_ranks)),
-        weight_copies_by_rank=_weight_copies(schedule, master_weights),
+        weight_copies_by_rank=_weight_copies(schedule, extrapolation, master_weights),
         gradient_copies_by_rank=_gradient_copies(program),
         optimizer_states_by_rank=tuple(len(homes) for homes in _homes(schedule)),
         deadlock_free=breach is None,
@@ -257,10 +262,15 @@ def _mismatched_by_stage(
     return tuple(map(max, zip(*counts.values(), strict=True)))
 
 
-def _weight_copies(schedule: Schedule, master_weights: bool) -> tuple[int, ...]:
-    """A stage that uses several versions keeps each, beside the weights that its optimizer steps; with error feedback
-    its home keeps the plain iterate too, where that is no master copy."""
+def _weight_copies(
+    schedule: Schedule, extrapolation: Extrapolation | None, master_weights: bool
+) -> tuple[int, ...]:
+    """A stage that uses several versions keeps each, beside the weights that its optimizer steps, and one that
+    extrapolates keeps those meanwhile; with error feedback its home keeps the plain iterate too, where that is no
+    master copy."""
     copies = [1 if number == 1 else 1 + number for number in schedule.weight_versions]
+    if extrapolation is not None:
+        copies = [1 + extrapolation.copies(stage) for stage in range(schedule.num_stages)]
     plain = 0 if schedule.compensation == "none" or master_weights else 1
     return tuple(
         sum(copies[stage] for stage in stages) + plain * len(homes)

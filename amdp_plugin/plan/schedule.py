@@ -22,18 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from math import inf
 from typing import Any
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .placement import Placement
 from .priorities import Priority, backward_first
+from .weights import KEPT, check_compensation, check_weights
 
 Place = tuple[int, Action]
 """An action on a rank."""
 
-WEIGHTS = ("latest", "stashed", "previous")
-COMPENSATIONS = ("none", "error_feedback")
 DECISIONS = ("local", "latest", "relayed", "meeting")
 
 
@@ -54,8 +52,14 @@ class Schedule:
         max_gap: for every stage, the largest (version at backward) - (version at forward) it may show.
         weights: which weights are used. ``"latest"``: by a forward and by a backward, those that its stage then has.
             ``"stashed"``: a forward's latest by its backward, too. ``"previous"``: by both, those before the update of
-            the window before, so that every gradient is late by exactly one update.
-        weight_versions: for every stage, how many versions of its weights are in use at once, at most.
+            the window before, so that every gradient is late by exactly one update. ``"corrected"``: the latest, which
+            a backward extrapolates back to its forward's. ``"predicted"``: the latest, which both extrapolate ahead;
+            ``"predicted_by_window"``: the same, once for all forwards of a window. See :mod:`.extrapolation`.
+        weight_versions: for every stage, how many versions of its weights are kept in use at once, at most.
+        correction_decay: of corrected weights: what an average of updates still holds of one when the stage has had as
+            many more as its largest gap; between 0 and 1.
+        rescale_steps: updates after which the learning rate of a stage is whole, which before is divided by a power of
+            how late its gradients are; 0: it is never divided.
 
         compensation: what is done about gradients that are late: ``"none"``, or ``"error_feedback"``, see
             :mod:`.staleness`.
@@ -95,6 +99,8 @@ class Schedule:
     flush_first: int = 0
     weights: str = "latest"
     weight_versions: tuple[int, ...] = ()
+    correction_decay: float = 0.0
+    rescale_steps: int = 0
     compensation: str = "none"
     strength: float = 1.0
 
@@ -128,8 +134,10 @@ class Schedule:
             raise ValueError(f"{self.name}: in_flight and max_gap need one entry for each of {stages} stages")
         if min(self.in_flight) < 1:
             raise ValueError(f"{self.name}: every stage must admit at least one micro-batch, got {self.in_flight}")
-        self._check_weights()
-        self._check_compensation()
+        if not self.keeps_versions and not self.weight_versions:
+            object.__setattr__(self, "weight_versions", (1,) * self.num_stages)
+        check_weights(self)
+        check_compensation(self)
         if self.decisions not in DECISIONS:
             raise ValueError(f"{self.name}: decisions are {', '.join(DECISIONS)}; got {self.decisions!r}")
         self._check_delays()
@@ -171,30 +179,6 @@ class Schedule:
         left = [1 if self.flush_every else min(self.in_flight[stage], self.num_stages - stage) for stage in stages]
         object.__setattr__(self, "update_delay", (0, *(max(0, first - below) for below in left)))
 
-    def _check_weights(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise ValueError(f"{self.name}: weights are {', '.join(WEIGHTS)}; got {self.weights!r}")
-        if self.weights == "latest" and not self.weight_versions:
-            object.__setattr__(self, "weight_versions", (1,) * self.num_stages)
-        if len(self.weight_versions) != self.num_stages or min(self.weight_versions) < 1:
-            raise ValueError(
-                f"{self.name}: weight_versions need one entry, at least 1, for each of {self.num_stages} stages; got "
-                f"{self.weight_versions}"
-            )
-        if self.weights != "latest" and self.reduces:
-            raise ValueError(f"{self.name}: stages that several ranks hold have their latest weights alone")
-
-    def _check_compensation(self) -> None:
-        if self.compensation not in COMPENSATIONS:
-            raise ValueError(f"{self.name}: compensation is {' or '.join(COMPENSATIONS)}, got {self.compensation!r}")
-        if not 0 < self.strength < inf:
-            raise ValueError(f"{self.name}: strength is a number above 0, got {self.strength}")
-        if self.flush and self.compensation != "none":
-            raise ValueError(
-                f"{self.name}: compensation {self.compensation!r} means nothing under a flush at every window, where "
-                'no gradient is late (staleness 0); use "none", or a free-running schedule'
-            )
-
     def _try_priorities(self) -> None:
         """They are called in earnest only where a rank has a choice, which may come late in a run."""
         if not self.priorities:
@@ -228,6 +212,16 @@ class Schedule:
         return self.decisions == "meeting"
 
     @property
+    def keeps_versions(self) -> bool:
+        """Whether a backward uses a version of the weights that was kept for it."""
+        return self.weights in KEPT
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether a forward or a backward uses weights that no update has made."""
+        return self.weights not in ("latest", *KEPT)
+
+    @property
     def updates_meet(self) -> bool:
         """Whether all stages update at one point, where they can decide together: on a norm or a loss scale."""
         return self.flush or self.together
@@ -240,7 +234,7 @@ class Schedule:
             return None
         return replace(
             self, flush_every=1, flush_first=0, max_gap=(0,) * self.num_stages, weights="latest", weight_versions=(),
-            compensation="none", update_delay=(), alternatives=(), smaller=None,
+            correction_decay=0.0, rescale_steps=0, compensation="none", update_delay=(), alternatives=(), smaller=None,
         )  # fmt: skip
 
     def forward_after(self, window: int) -> int:
@@ -271,7 +265,7 @@ class Schedule:
 
     def backward_version(self, forward: int, updates: int) -> int:
         """The version that the backward of a micro-batch uses, which was forwarded with version ``forward``."""
-        return updates if self.weights == "latest" else forward
+        return forward if self.keeps_versions else updates
 
     def preferred(self, priority: Priority, ready: Iterable[tuple[Action, float]]) -> Action:
         """Of what a rank could start, and since when, that which ``priority`` puts first.
@@ -300,11 +294,11 @@ class Schedule:
 
     def windows_late(self, rank: int, stage: int) -> int:
         """Windows that ``rank`` closes, at most, between the last backward of a window on ``stage`` and its update."""
-        late = -(-self.update_delay[stage] // self.backwards_per_window(rank, stage))
-        if self.decisions == "relayed" and self.flush_every and late:
-            # What comes with the first forward after a flush comes in that one's window.
-            return max(late, 1 + (self.in_flight[0] - 1) // self.micro_batches)
-        return late
+        delay, per_window = self.update_delay[stage], self.backwards_per_window(rank, stage)
+        if self.decisions == "relayed" and delay:
+            # What brings the decision may be sent in a later window than the last backward before the update.
+            return 1 + delay // per_window
+        return -(-delay // per_window)
 
     def owner(self, action: Action) -> int | None:
         """The rank of a forward or backward; ``None`` for R and U, which every holder of the stage runs."""

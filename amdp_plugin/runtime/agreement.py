@@ -124,6 +124,7 @@ class Held:
         exchange: the buffers that replicas exchange gradients and weights through.
         plain: bytes of the plain iterate that error feedback keeps beside the weights.
         parked: gradients of closed windows that wait for their update at once.
+        extrapolated: bytes of what is kept while a pass computes with extrapolated weights, and to make them.
     """
 
     home: Sequence[nn.Module]
@@ -132,13 +133,15 @@ class Held:
     exchange: Iterable[Tensor]
     plain: int = 0
     parked: int = 0
+    extrapolated: int = 0
 
 
 def memory_table(held: Held, group: dist.ProcessGroup, device: torch.device) -> list[str]:
     """MiB of every rank's weights and gradients, beside those under 1F1B. All ranks of ``group`` must call it."""
     home, guests = _sizes(held.home, held.sum_dtype), _sizes(held.guests, held.sum_dtype)
     all_weights, all_gradients = home[0] + guests[0], home[1] * (1 + held.parked) + guests[1]
-    mine = torch.tensor([*home, all_weights, all_gradients, _bytes(held.exchange), held.plain], device=device)
+    more = _bytes(held.exchange), held.plain, held.extrapolated
+    mine = torch.tensor([*home, all_weights, all_gradients, *more], device=device)
     ranks = [torch.zeros_like(mine) for _ in range(group.size())]
     dist.all_gather(ranks, mine, group=group)
     columns = (torch.stack(ranks).double() / MEBIBYTE).T.tolist()
@@ -155,6 +158,7 @@ def memory_table(held: Held, group: dist.ProcessGroup, device: torch.device) -> 
         row("gradients", columns[3], columns[1]),
         row("exchange", columns[4]),
         *([row("plain iterate", columns[5])] if any(columns[5]) else []),
+        *([row("extrapolation", columns[6])] if any(columns[6]) else []),
         "  optimizer state as under 1F1B: of the rank's own stage alone",
     ]
 

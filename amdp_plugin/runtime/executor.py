@@ -14,6 +14,7 @@ from ..plan.postings import Postings, shifted
 from .channels import Channels, Tensors
 from .decisions import Decisions
 from .exchange import Exchange
+from .extrapolation import ExtrapolatedWeights
 from .kept_weights import KeptWeights
 from .timeline import Timeline
 from .watch import Watch
@@ -73,6 +74,7 @@ class Executor:
         exchange: gradients and weights of stages that several ranks hold; ``None`` where there are none.
         opening: the program of :meth:`.Schedule.opening`, where the schedule has one.
         decisions: sums of other stages, where updates take some.
+        extrapolation: of the stage at home here, where the schedule has some.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Executor:
         exchange: Exchange | None = None,
         opening: Planner | None = None,
         decisions: Decisions | None = None,
+        extrapolation: ExtrapolatedWeights | None = None,
     ) -> None:
         self.planner, self.schedule, self.rank = planner, planner.schedule, rank
         self._opening, self._decisions = opening, decisions
@@ -92,8 +95,8 @@ class Executor:
         self._last_stage = self.schedule.num_stages - 1
         self.versions = dict.fromkeys(self.schedule.placement.stages[rank], 0)
         """Updates that each stage on this rank has had since the job's start."""
-        self.kept = KeptWeights(self.schedule, worker.parameters)
-        """Other versions of the weights that are in use."""
+        self.kept = KeptWeights(self.schedule, worker.parameters, extrapolation)
+        """Other weights than those that optimizers step, where some are in use."""
         self.largest_gap = 0
         """The largest (version at backward) - (version at forward) that was measured."""
         self.peak_in_flight = 0
@@ -311,7 +314,7 @@ class Executor:
         self._take_snapshot(action, window, direction)
         latest, base = self.versions[stage], self._base
         version = base + self._running.schedule.forward_version(window - base, latest - base)
-        with self._computing(action), self.kept.using(stage, version, latest):
+        with self._computing(action), self.kept.using(action, version, version, latest):
             outputs = self._worker.forward(action, inputs)
         self._in_flight[action] = version
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
@@ -323,8 +326,9 @@ class Executor:
         gradients = self._receive(stage + 1, action) if stage < self._last_stage else None
         self._settle(stage)
         forward = self._in_flight[Action(stage, FORWARD, micro_batch)]
-        version = self._running.schedule.backward_version(forward, self.versions[stage])
-        with self._computing(action), self.kept.using(stage, version, self.versions[stage]):
+        latest = self.versions[stage]
+        version = self._running.schedule.backward_version(forward, latest)
+        with self._computing(action), self.kept.using(action, forward, version, latest):
             input_gradients = self._worker.backward(action, gradients)
         del self._in_flight[Action(stage, FORWARD, micro_batch)]
         self._drop_versions(stage)
@@ -354,9 +358,8 @@ class Executor:
 
     def _update(self, action: Action) -> None:
         home, *guests = self.schedule.placement.holders[action.stage]
-        self.kept.before_update(action.stage, self.versions[action.stage])
         if self.rank == home:
-            with self._computing(action):
+            with self._computing(action), self.kept.stepping(action, self.versions[action.stage]):
                 self._worker.update(action)
             if guests:
                 assert self._exchange is not None
@@ -365,12 +368,8 @@ class Executor:
         self._drop_versions(action.stage)
 
     def _drop_versions(self, stage: int) -> None:
-        """Keep those of what is in flight, the latest, and what the next forward may use."""
-        if self.schedule.weights == "latest":
-            return
-        latest = self.versions[stage]
         in_flight = (version for action, version in self._in_flight.items() if action.stage == stage)
-        self.kept.drop(stage, {*in_flight, latest, latest - (self.schedule.weights == "previous")})
+        self.kept.drop(stage, in_flight, self.versions[stage])
 
     @contextmanager
     def _computing(self, action: Action) -> Iterator[None]:

@@ -34,9 +34,9 @@ class ErrorFeedback:
         refresh: Callable[[], None] = lambda: None,
         coefficient: float | None = None,
     ) -> None:
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self._optimizers, self._refresh = list(optimizers), refresh
-        self._storages = {_storage(parameter) for parameter in self._parameters}
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.optimizers, self.refresh = list(optimizers), refresh
+        self._storages = {_storage(parameter) for parameter in self.parameters}
         self._plain: dict[Tensor, Tensor] = {}
         """``z`` of what is stepped and holds ``x``; within a step, ``z_before`` until it is made."""
         self._ahead: list[Tensor] | None = None
@@ -49,7 +49,7 @@ class ErrorFeedback:
         Raises:
             ValueError: where nothing can be done before and after the step of an optimizer.
         """
-        for optimizer in () if coefficient is None else self._optimizers:
+        for optimizer in () if coefficient is None else self.optimizers:
             if not isinstance(optimizer, torch.optim.Optimizer):
                 raise ValueError(
                     f"compensation 'error_feedback' cannot be used with the optimizer {type(optimizer).__name__}, "
@@ -70,7 +70,7 @@ class ErrorFeedback:
             yield
             return
         with ExitStack() as hooks:
-            for optimizer in self._optimizers:
+            for optimizer in self.optimizers:
                 hooks.callback(optimizer.register_step_pre_hook(self._before_step).remove)
                 hooks.callback(optimizer.register_step_post_hook(self._after_step).remove)
             yield
@@ -82,11 +82,11 @@ class ErrorFeedback:
         """Let the parameters hold ``z``, for a checkpoint or an evaluation, until :meth:`put_ahead`."""
         if self.coefficient is None or self._ahead is not None:
             return
-        with live_update(self._parameters), torch.no_grad():
-            self._ahead = [parameter.detach().clone() for parameter in self._parameters]
+        with live_update(self.parameters), torch.no_grad():
+            self._ahead = [parameter.detach().clone() for parameter in self.parameters]
             for weight, plain in self._plain.items():
                 weight.copy_(plain)
-            self._refresh()
+            self.refresh()
 
     def put_ahead(self) -> None:
         """Let the parameters hold ``x`` again."""
@@ -98,7 +98,7 @@ class ErrorFeedback:
         """What the stage computes with, for a checkpoint; ``None`` without error feedback."""
         if self.coefficient is None:
             return None
-        return [parameter.detach() for parameter in self._parameters] if self._ahead is None else self._ahead
+        return [parameter.detach() for parameter in self.parameters] if self._ahead is None else self._ahead
 
     def restart(self, ahead: Sequence[Tensor] | None) -> None:
         """The parameters, and master copies of them, hold the ``z`` of a checkpoint.
@@ -113,7 +113,7 @@ class ErrorFeedback:
         self._ahead = None
         if self.coefficient is None or ahead is None:
             return
-        if [value.shape for value in ahead] != [parameter.shape for parameter in self._parameters]:
+        if [value.shape for value in ahead] != [parameter.shape for parameter in self.parameters]:
             raise ValueError(
                 "the weights that error feedback computed with are of another stage: load the checkpoint with as many "
                 "stages as wrote it, or without the files that hold them"
@@ -154,12 +154,12 @@ class ErrorFeedback:
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:
-        with live_update(self._parameters):
-            for parameter, value in zip(self._parameters, values, strict=True):
+        with live_update(self.parameters):
+            for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.copy_(value)
 
     def _stepped_weights(self) -> list[Tensor]:
-        stepped = [tensor for optimizer in self._optimizers for tensor in _stepped(optimizer)]
+        stepped = [tensor for optimizer in self.optimizers for tensor in _stepped(optimizer)]
         return [tensor for tensor in stepped if self._is_weight(tensor)]
 
     def _is_weight(self, tensor: Tensor) -> bool:

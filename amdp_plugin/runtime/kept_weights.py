@@ -1,18 +1,21 @@
-"""Versions of weights beside those that an optimizer steps, for schedules that say which a forward and backward use.
+"""Weights beside those that an optimizer steps, for schedules that say which a forward and backward use.
 
-A graph may have saved a weight itself or a view of its memory (``weight.t()``). So a version has memory of its own,
-which nothing ever writes to, and the parameters point to it at the forward and at the backward alike.
+Versions that are used again are kept here; weights that no update has made are :mod:`.extrapolation`'s. A graph may
+have saved a weight itself or a view of its memory (``weight.t()``). So a version has memory of its own, which nothing
+ever writes to, and the parameters point to it at the forward and at the backward alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from ..plan.action import Action
 from ..plan.schedule import Schedule
+from .extrapolation import ExtrapolatedWeights
 
 
 class KeptWeights:
@@ -21,19 +24,37 @@ class KeptWeights:
     Args:
         schedule: what is run. Of a stage that uses one version at a time nothing is kept.
         parameters: of a stage, those that are trained.
+        extrapolation: of the stage at home here, where the schedule has some.
 
     Attributes:
         most: for every stage, how many versions have been kept at once, at most.
     """
 
-    def __init__(self, schedule: Schedule, parameters: Callable[[int], Iterable[nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        parameters: Callable[[int], Iterable[nn.Parameter]],
+        extrapolation: ExtrapolatedWeights | None = None,
+    ) -> None:
         self._schedule, self._parameters = schedule, parameters
+        self._extrapolation = extrapolation or ExtrapolatedWeights(0, (), ())
         self._kept: dict[int, dict[int, list[Tensor]]] = {}
         self.most: dict[int, int] = {}
 
     @contextmanager
-    def using(self, stage: int, version: int, latest: int) -> Iterator[None]:
-        """Let the parameters of ``stage`` be those of ``version``, of which ``latest`` is what its optimizer steps."""
+    def using(self, action: Action, forward: int, version: int, latest: int) -> Iterator[None]:
+        """Let the parameters of its stage be what ``action``, a forward or a backward, computes with.
+
+        Args:
+            forward: the version that its forward has, and
+            version: that which it has itself, of which
+            latest: is what the optimizer of the stage steps.
+        """
+        with self._version(action.stage, version, latest), self._extrapolation.using(action, forward, latest):
+            yield
+
+    @contextmanager
+    def _version(self, stage: int, version: int, latest: int) -> Iterator[None]:
         if not self._keeps(stage):
             yield
             return
@@ -49,20 +70,23 @@ class KeptWeights:
             for parameter, value in zip(parameters, stepped, strict=True):
                 parameter.data = value
 
-    def before_update(self, stage: int, latest: int) -> None:
-        """Keep what a step is about to overwrite, where later forwards use it."""
+    def stepping(self, update: Action, latest: int) -> AbstractContextManager[None]:
+        """Within it the host makes ``update``. What that is about to overwrite is kept, where later forwards use it."""
         if self._schedule.weights == "previous":
-            self.keep(stage, latest)
+            self.keep(update.stage, latest)
+        return self._extrapolation.stepping(update.index)
 
-    def drop(self, stage: int, in_use: Iterable[int]) -> None:
-        """Let go of all versions but those."""
-        wanted, kept = set(in_use), self._kept.get(stage, {})
+    def drop(self, stage: int, in_flight: Iterable[int], latest: int) -> None:
+        """Let go of all versions of ``stage`` but those of what is in flight, and what later forwards may use."""
+        later = range(latest - (self._schedule.weights == "previous"), latest + 1)
+        wanted, kept = {*in_flight, *later}, self._kept.get(stage, {})
         for version in [version for version in kept if version not in wanted]:
             del kept[version]
 
     def clear(self) -> None:
         """Nothing is in flight."""
         self._kept.clear()
+        self._extrapolation.clear()
 
     @torch.no_grad()
     def keep(self, stage: int, latest: int) -> None:
@@ -74,6 +98,7 @@ class KeptWeights:
 
     def tensors(self) -> Iterator[Tensor]:
         """What lies in memory now."""
+        yield from self._extrapolation.kept()
         for versions in self._kept.values():
             for values in versions.values():
                 yield from values

@@ -29,6 +29,7 @@ from .decisions import Decisions
 from .device import device_of
 from .exchange import Exchange, gradient_links, weight_links
 from .executor import Executor
+from .extrapolation import ExtrapolatedWeights
 from .feed import Feed
 from .feedback import ErrorFeedback
 from .groups import MAX_CHANNELS, channels_of_a_message
@@ -84,6 +85,7 @@ class Pipeline:
         planned: the figures of the program; likewise.
         decisions: what its updates take of the other stages; ``None`` where that is nothing.
         feedback: what this rank's own stage computes with, and what its optimizer goes on from.
+        extrapolation: what it computes with instead, in one forward or backward.
 
     Raises:
         ValueError: for a schedule that can only be planned; on every rank, where their programs differ.
@@ -93,6 +95,7 @@ class Pipeline:
     decisions: Decisions | None = None
     planned: Report
     feedback: ErrorFeedback
+    extrapolation: ExtrapolatedWeights
 
     def __init__(
         self,
@@ -136,6 +139,9 @@ class Pipeline:
             feedback: of the stage that is at home here.
         """
         self.feedback = feedback
+        self.extrapolation = ExtrapolatedWeights(
+            self.site.rank, feedback.parameters, feedback.optimizers, feedback.refresh
+        )
         self.replicas, self._replicated = replicas, modules
         if self.schedule.reduces:
             placement = self.schedule.placement
@@ -158,6 +164,7 @@ class Pipeline:
         schedule = self.schedule
         self.planned = report(self._planner, windows=1, master_weights=self.feedback.has_masters)
         self.feedback.begin(self.planned.coefficient)
+        self.extrapolation.begin(self.planned.extrapolation)
         if self.channels is not None:
             self.channels.keep_sent = keep_sent(schedule)
         elif schedule.num_ranks > 1:
@@ -171,7 +178,7 @@ class Pipeline:
             self.decisions = Decisions(self._planner, self._opening, self.site.rank, self.channels, self.watch)
         self.executor = Executor(
             self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange, self._opening,
-            self.decisions,
+            self.decisions, self.extrapolation,
         )  # fmt: skip
         self.executor.restart(window)
 
@@ -215,16 +222,19 @@ class Pipeline:
         self.feedback.put_plain()
 
     def restart(
-        self, window: int, random_states: list[Any] | None, ahead: Sequence[Tensor] | None = None
-    ) -> None:
+        self, window: int, random_states: list[Any] | None, ahead: Sequence[Tensor] | None = None,
+        means: Sequence[Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Go on from a checkpoint: nothing is in flight, and data that was read ahead is dropped.
 
         Args:
             window: updates that the checkpoint's weights have had.
             random_states: what its streams of random numbers would draw next, where it tells.
             ahead: what this rank's own stage computed with, likewise; see :meth:`.ErrorFeedback.restart`.
+            means: of its updates, likewise; see :meth:`.ExtrapolatedWeights.restart`.
         """
         self.feedback.restart(ahead)
+        self.extrapolation.restart(means)
         if random_states:
             self.random_streams.load(random_states)
         self.copy_home()
@@ -255,13 +265,22 @@ class Pipeline:
     def holds_more(self) -> bool:
         """Whether some rank holds more of weights or gradients than under 1F1B; the same answer on all."""
         planned, schedule = self.planned, self.schedule
-        return schedule.reduces or planned.coefficient is not None or max(planned.gradient_copies_by_rank) > 1
+        return schedule.reduces or self.keeps_weights or max(planned.gradient_copies_by_rank) > 1
 
     @property
     def most_parked(self) -> int:
         """How many windows of this rank's own stage wait for their update at once."""
         rank = self.site.rank
         return self.planned.gradient_copies_by_rank[rank] - len(self.schedule.placement.stages[rank])
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether error feedback or extrapolation may keep some of these, on some rank."""
+        return self.planned.coefficient is not None or self.planned.extrapolation is not None
+
+    def bytes_kept(self) -> tuple[int, int]:
+        """Of these, those of error feedback and those of extrapolation."""
+        return self.feedback.bytes_kept(), self.extrapolation.bytes_kept()
 
     def exchange_buffers(self) -> Iterable[Tensor]:
         """The memory that replicas exchange gradients and weights through on this rank."""

@@ -14,6 +14,7 @@ from ..plan.action import Action
 from ..plan.schedule import Schedule
 from .channels import Tensors
 from .decisions import Decisions
+from .extrapolation import ExtrapolatedWeights
 from .feed import Feed
 from .feedback import ErrorFeedback
 from .losses import WindowLosses
@@ -66,6 +67,10 @@ class PlainWorker(StagesWorker):
         self.decisions: Decisions | None = None
         self._clipping = clipping
         self._parking = {stage: Parking(AttributeSums(modules[stage].parameters())) for stage in optimizers}
+        self.extrapolation = {
+            stage: ExtrapolatedWeights(stage, feedback.parameters, feedback.optimizers)
+            for stage, feedback in self.feedback.items()
+        }
         self._stages = {
             stage: Stage(module, loss if stage == self.last_stage else None, lambda loss: loss / schedule.micro_batches)
             for stage, module in modules.items()

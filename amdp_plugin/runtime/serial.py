@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import reduce
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..plan.action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from ..plan.costs import CostModel
 from ..plan.decisions import check_decisions, windows_ago
+from ..plan.extrapolation import planned_extrapolation
 from ..plan.planner import Planner
 from ..plan.play import play
 from ..plan.schedule import Schedule
@@ -26,9 +28,13 @@ from ..plan.staleness import planned_coefficient
 from ..plan.verify import verify
 from .random_streams import split
 from .runnable import check_runnable
+from .serial_extrapolation import SerialExtrapolation
 
 Tensors = tuple[Tensor, ...]
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+NO_VERSION = -1
 
 
 class Used(NamedTuple):
@@ -47,7 +53,8 @@ class SerialPipeline:
     has, whatever its forward used. Each direction on each rank draws its random numbers from a stream of its own.
 
     With error feedback a version is ``z + coefficient * (z - z_before)``, of what the optimizer has made and what it
-    had made before; the optimizer goes on from ``z``, and does not know.
+    had made before; the optimizer goes on from ``z``, and does not know. Where a schedule extrapolates,
+    :class:`.SerialExtrapolation` says what is written there instead.
 
     Args:
         stages: the consecutive slices of the model. A stage takes and returns a tensor or a tuple of tensors.
@@ -121,6 +128,7 @@ class SerialPipeline:
         self._measured: dict[tuple[int, int], float] = {}
         self._loaded: set[int] = set()
         self._coefficient = 0.0
+        self._extrapolation: SerialExtrapolation | None = None
         self._latest: dict[int, list[Tensor]] = {}
         self._flying: dict[tuple[int, int], tuple[Tensors, Tensors, int]] = {}
         self._messages: dict[tuple[int, str, int], Tensors] = {}
@@ -153,7 +161,10 @@ class SerialPipeline:
             ProgramError: before anything is trained, when the program of the schedule breaks a law.
         """
         planner, first = Planner(self.schedule, self._costs), self.versions[0]
-        opening = planner.schedule.opening()
+        opening, extrapolation = planner.schedule.opening(), planned_extrapolation(planner)
+        if extrapolation is not None:
+            self._extrapolation = self._extrapolation or SerialExtrapolation(self._masters, self.optimizers)
+            self._extrapolation.begin(extrapolation)
         self._losses.clear()
         flushed = min(windows, max(0, self.schedule.flush_first - first))
         losses = self._play(Planner(opening, self._costs), data, flushed) if opening and flushed else []
@@ -171,6 +182,8 @@ class SerialPipeline:
         self._data = {number: next(data) for number in numbers}
         self._first = first
         self._measured.clear()
+        if self._extrapolation is not None:
+            self._extrapolation.restart()
         for rank, action in play(program):
             action = action.shifted(first, size)
             if action.window(size) < first + windows:
@@ -207,6 +220,8 @@ class SerialPipeline:
         window, first = index // self.schedule.micro_batches, self._first
         version = first + self._played.forward_version(window - first, replica.version - first)
         replica.use(version)
+        if self._extrapolation is not None and self._played.extrapolates:
+            replica.compute_with(self._extrapolation.forward(stage, window, version))
         output = replica.module(inputs[0] if len(inputs) == 1 else inputs)
         if stage == len(self.stages) - 1:
             output = self._loss(output, self._data[index][1])
@@ -222,6 +237,9 @@ class SerialPipeline:
         used = Used(forward, self._played.backward_version(forward, replica.version))
         self.used[stage, index] = used
         replica.use(used.backward)
+        if self._extrapolation is not None and self._played.extrapolates:
+            window = index // self.schedule.micro_batches
+            replica.compute_with(self._extrapolation.backward(stage, window, *used))
         if stage == len(self.stages) - 1:
             (outputs[0] / self.schedule.micro_batches * self._scales[index]).backward()
         else:
@@ -254,7 +272,9 @@ class SerialPipeline:
             if self._ago is not None:
                 self._decide(self._masters[stage], self._known(stage, window))
             before = [tensor.clone() for tensor in self.plain(stage)] if self._coefficient else None
-            self.optimizers[stage].step()
+            stepping = self._extrapolation.stepping if self._extrapolation is not None else _stepping
+            with stepping(stage, replica.version):
+                self.optimizers[stage].step()
             self.optimizers[stage].zero_grad(set_to_none=True)
             self._latest[stage] = self._ahead(self.plain(stage), before)
         replica.load(self._latest[stage])
@@ -323,6 +343,12 @@ class _Replica:
                 parameter.data.copy_(value)
             self._used = version
 
+    def compute_with(self, values: list[Tensor]) -> None:
+        """Compute with ``values``, which are no version, until the next :meth:`use`."""
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.data.copy_(value)
+        self._used = NO_VERSION
+
     def accumulate(self, scale: float) -> None:
         """After a backward: with a master dtype, the sum is kept in it, without the loss scale."""
         if self._master_dtype is not None:
@@ -349,6 +375,11 @@ class _Replica:
         ]
         self._values.pop(self.version - self._versions - 1, None)
         self.use(self.version)
+
+
+def _stepping(stage: int, update: int) -> AbstractContextManager[None]:
+    """Where nothing is done about a step."""
+    return nullcontext()
 
 
 def _own(module: nn.Module, copy: bool) -> nn.Module:

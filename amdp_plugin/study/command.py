@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,6 +69,7 @@ def study(
     setting = Setting(model, stages, micro_batches, warm_up, clip, device, costs)
     variants = list(_variants(setting, schedules, compensation, flush_first))
     rates = _read_rates(optimizers, learning_rates or [])
+    _check_predictions(setting, variants, rates)
     trials = list(_trials(setting, variants, rates, steps, seeds, at_equal_time))
     outcomes = run_all(setting, trials, out, processes or os.cpu_count() or 1)
     ordered = {trial: outcomes[trial] for trial in trials}
@@ -88,15 +90,38 @@ def _variants(
     setting: Setting, texts: Sequence[str], compensation: Sequence[str], flush_first: Sequence[int]
 ) -> Iterator[Variant]:
     """Every schedule with every compensation and every opening; one that flushes has nothing of them, and is there
-    once."""
+    once, as is one that extrapolates weights, which is a compensation, under every opening."""
     from .trial import Variant
 
     for text in texts:
         variant = Variant.read(text)
-        if variant.make(setting.stages, setting.micro_batches).flush:
+        made = variant.make(setting.stages, setting.micro_batches)
+        if made.flush:
             yield variant
         else:
-            yield from (variant.told(each, windows) for windows in flush_first for each in compensation)
+            kinds = ["none"] if made.extrapolates else compensation
+            yield from (variant.told(each, windows) for windows in flush_first for each in kinds)
+
+
+def _check_predictions(setting: Setting, variants: Sequence[Variant], optimizers: Iterable[str]) -> None:
+    """Refuse, before anything is trained, an optimizer by which a schedule cannot predict weights.
+
+    Raises:
+        ValueError: with both, the reason and the alternative.
+    """
+    from torch import nn, ones
+
+    from ..plan.weights import PREDICTED
+    from ..runtime.smooth_direction import check_optimizer
+    from .optimizers import OPTIMIZERS
+
+    made = {variant: variant.make(setting.stages, setting.micro_batches) for variant in variants}
+    predicting = [variant for variant, schedule in made.items() if schedule.weights in PREDICTED]
+    for variant, name in product(predicting, optimizers):
+        try:
+            check_optimizer(OPTIMIZERS[name]([nn.Parameter(ones(2, 2))], 1.0), predicts=True)
+        except ValueError as error:
+            raise ValueError(f"--schedules {variant} with --optimizers {name}: {error}") from None
 
 
 def _trials(

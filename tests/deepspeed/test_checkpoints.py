@@ -16,6 +16,7 @@ from tests.runtime.models import OPTIMIZERS
 from tests.runtime.pipelines import placed
 
 from .jobs import Job, assert_equals_oracle, assert_same, finish, make_engine, make_oracle, oracle, stream
+from .test_extrapolation import PIPEMARE
 from .test_oracle import BF16, FEEDBACK, MASTERS, NON_REENTRANT, WARMUP
 
 HALF = 10
@@ -52,6 +53,10 @@ JOBS = {
     "relayed, deep": Job(RELAYED, 4, 1, kind="counting", config={"gradient_clipping": 0.05}),
     "relayed, bf16": Job(RELAYED, 2, 2, optimizer="adamw", config=BF16, dtype=torch.bfloat16, replicas=2),
     "relayed, ZeRO-1": Job(RELAYED, 2, 2, optimizer="adamw", config=ZERO, replicas=2),
+    "pipemare": Job(PIPEMARE, 3, 2, optimizer="adamw", config=SCHEDULED),
+    "pipemare, bf16": Job(PIPEMARE, 3, 2, optimizer="adamw", config=BF16, dtype=torch.bfloat16, replicas=2),
+    "xpipe": Job("xpipe", 3, 2, optimizer="adamw", config=SCHEDULED),
+    "spectrain, ZeRO-1": Job("spectrain", 3, 1, optimizer="adamw", config=ZERO, replicas=2),
     "error feedback, amdp, bf16": Job(AHEAD_AMDP, 4, 4, optimizer="adamw", config=BF16, dtype=torch.bfloat16),
 }
 

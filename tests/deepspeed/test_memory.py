@@ -129,6 +129,18 @@ def test_parked_gradients_take_what_the_report_says(case: str, size: int) -> Non
     ]
 
 
+@pytest.mark.parametrize(("schedule", "size"), [("pipemare", 1), ("spectrain", 1), ("xpipe", 2), ("xpipe", 4)])
+def test_extrapolated_weights_take_what_the_report_says(schedule: str, size: int) -> None:
+    job = replace(job_of({}, schedule), stages=3, size=size)
+    weights, gradients, optimizer_state = CASES["fp32"][1]
+    records = [record for _, record in run_ranks(job.world, recorded, job)]
+    copies = report(Planner(Run(schedule, records).schedule()), 1).weight_copies_by_rank
+    assert max(copies) > 1
+    assert [kept(record) for record in records] == [
+        Memory(number * weights, gradients, optimizer_state, exchange=0) for number in copies
+    ]
+
+
 def test_error_feedback_of_ranks_with_guests() -> None:
     """Home, guest and plain iterate, as the plan says."""
     changes, (weights, gradients, optimizer_state) = CASES["fp32"]

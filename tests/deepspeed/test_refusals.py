@@ -93,6 +93,18 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["\"offload_optimizer\"", "two iterates", "leave one of them out"],
     ),
+    "predictions and steps on the host": (
+        {**section("xpipe"), "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+        ["\"offload_optimizer\"", "weights that are extrapolated", "or use paci"],
+    ),
+    "compensation of what is one": (
+        section({"name": "pipemare", "compensation": "error_feedback"}),
+        ["corrected weights are a compensation already", '"none"', "paci and pipedream-2bw take it"],
+    ),
+    "an average that forgets nothing": (
+        section({"name": "pipemare", "correction_decay": 1.0}),
+        ["correction_decay is of corrected weights, above 0 and below 1", "got 1.0"],
+    ),
     "fp16": (
         {**section({"name": "paci", "decisions": "latest"}), "fp16": {"enabled": True}},
         ['"fp16"', "all stages must decide together", '"bf16"', '"relayed" (paci)', '"meeting"'],
@@ -265,3 +277,23 @@ def attempt_cuda_graphs(rank: int, job: Job) -> str:
 def test_an_engine_compiled_to_cuda_graphs_is_refused() -> None:
     for message in run_ranks(2, attempt_cuda_graphs, Job("paci")):
         assert "write the outputs of every micro-batch to the same memory" in message
+
+
+def attempt_optimizers(rank: int) -> list[str]:
+    deepspeed.init_distributed("gloo")
+    messages = []
+    for optimizer in (torch.optim.RMSprop, torch.optim.SGD):
+        module = PipelineModule(build_layers(Job("xpipe")), num_stages=2, loss_fn=loss, partition_method="uniform")
+        with pytest.raises(ValueError) as refusal:
+            amdp_plugin.initialize(
+                model=module, config=configuration(Job("xpipe")), optimizer=optimizer(module.parameters(), lr=0.1)
+            )
+        messages.append(str(refusal.value))
+    return messages
+
+
+def test_predictions_need_an_optimizer_with_a_smooth_direction() -> None:
+    instead = "use Adam, AdamW or SGD with momentum, or another schedule: pipemare and paci take any optimizer"
+    for unlike, still in run_ranks(2, attempt_optimizers):
+        assert "no smooth direction of the optimizer RMSprop is known" in unlike and instead in unlike
+        assert "SGD with momentum 0 has no smooth direction" in still and instead in still

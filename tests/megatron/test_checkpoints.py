@@ -16,6 +16,7 @@ from tests.processes import run_ranks
 from .checkpoints import load, save
 from .jobs import DISTRIBUTED, DROPOUT, Job
 from .oracle import assert_equals_oracle, oracle
+from .test_extrapolation import PIPEMARE
 from .test_oracle import FEEDBACK, assert_ahead
 from .test_stock import FULL
 from .training import Trainer, assert_same, assert_same_weights, copies
@@ -47,8 +48,12 @@ JOBS = {
     "relayed, deep": Job(RELAYED, 4, 1, clip=0.05, model=DROPOUT),
     "relayed, distributed optimizer, bf16": Job(RELAYED, 2, 2, data=2, bf16=True, model=DROPOUT, **DISTRIBUTED),
     "error feedback, amdp": Job(AHEAD_AMDP, 4, 4, model=DROPOUT),
+    "pipemare": Job(PIPEMARE, 3, 2, model=DROPOUT),
+    "pipemare, distributed, bf16": Job(PIPEMARE, 3, 2, data=2, bf16=True, model=DROPOUT, **DISTRIBUTED),
+    "xpipe": Job("xpipe", 3, 2, model=DROPOUT),
+    "spectrain, deep": Job("spectrain", 4, 1, model=DROPOUT),
 }
-FEEDBACK_AS_TORCH = ["error feedback", "error feedback, bf16", "error feedback, amdp"]
+BESIDE_AS_TORCH = ["error feedback", "error feedback, bf16", "error feedback, amdp", "pipemare", "xpipe"]
 
 
 def save_and_go_on(rank: int, job: Job, directory: Path, kind: str) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def load_and_go_on(rank: int, job: Job, directory: Path, kind: str, used: bool) 
 @pytest.mark.parametrize(
     ("case", "kind"),
     [
-        *((case, "torch") for case in ("paci", "amdp", "paci, bf16", *FEEDBACK_AS_TORCH)),
+        *((case, "torch") for case in ("paci", "amdp", "paci, bf16", *BESIDE_AS_TORCH)),
         *((case, "torch_dist") for case in JOBS),
     ],
 )

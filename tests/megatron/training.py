@@ -36,8 +36,9 @@ def initialize(job: Job) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
-Beside = tuple[list[Any], list[Tensor] | None]
-"""What a rank's checkpoint holds beside model and optimizer: its random states, and what its stage computes with."""
+Beside = tuple[list[Any], list[Tensor] | None, list[Tensor] | None]
+"""What a rank's checkpoint holds beside model and optimizer: its random states, what its stage computes with,
+and running means of its updates."""
 
 
 class Trainer:
@@ -92,14 +93,17 @@ class Trainer:
 
     def beside(self) -> Beside:
         """Of this rank, with nothing in flight."""
-        return self.random_states(), self.hook.ahead() if self.is_scheduled else None
+        hook = self.hook if self.is_scheduled else None
+        return self.random_states(), hook.ahead() if hook else None, hook.means() if hook else None
 
-    def go_on_from(self, random_states: list[Any], ahead: list[Tensor] | None) -> None:
+    def go_on_from(
+        self, random_states: list[Any], ahead: list[Tensor] | None, means: list[Tensor] | None
+    ) -> None:
         """A checkpoint of ``iteration`` has been loaded: losses and norms are those from there."""
         self.losses, self.norms = [], []
         self.read_from(self.iteration * self.job.micro_batches)
         if self.is_scheduled:
-            self.hook.restart(self.iteration, random_states, ahead)
+            self.hook.restart(self.iteration, random_states, ahead, means)
         else:
             GENERATORS.put(random_states[0])
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.devices import RECEIVE_BUFFERS
+from amdp_plugin.plan.extrapolation import planned_extrapolation
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.staleness import planned_coefficient
@@ -111,9 +112,14 @@ def make_executor(
     torch.manual_seed(100 + rank)
     opening = schedule.opening()
     first = Planner(opening, case.costs()) if opening else None
+    extrapolation = worker.extrapolation.get(rank)
+    if extrapolation is not None:
+        extrapolation.begin(planned_extrapolation(planner))
     if case.clipping:
         worker.decisions = Decisions(planner, first, rank, channels, watch)
-    return Executor(planner, rank, worker, channels, watch, exchange, first, worker.decisions), worker
+    return Executor(
+        planner, rank, worker, channels, watch, exchange, first, worker.decisions, extrapolation
+    ), worker
 
 
 def make_oracle(case: Case) -> SerialPipeline:

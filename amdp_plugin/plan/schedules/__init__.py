@@ -23,6 +23,9 @@ from .options import Options, options_of, read_text
 from .paci import paci
 from .pipedream import pipedream
 from .pipedream_2bw import pipedream_2bw
+from .pipemare import pipemare
+from .spectrain import spectrain
+from .xpipe import xpipe
 
 ENTRY_POINT_GROUP = "amdp_plugin.schedules"
 BUILT_IN: Mapping[str, Callable[..., Schedule]] = {
@@ -33,6 +36,9 @@ BUILT_IN: Mapping[str, Callable[..., Schedule]] = {
     "amdp": amdp,
     "pipedream": pipedream,
     "pipedream-2bw": pipedream_2bw,
+    "pipemare": pipemare,
+    "spectrain": spectrain,
+    "xpipe": xpipe,
 }
 
 

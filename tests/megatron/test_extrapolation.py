@@ -1,0 +1,35 @@
+"""Megatron's chunks compute with the extrapolated weights of the serial oracle, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .jobs import DISTRIBUTED, DROPOUT, Job
+from .test_oracle import check
+
+PIPEMARE = {"name": "pipemare", "correction_decay": 0.3, "rescale_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages", "size"),
+    [
+        (PIPEMARE, 4, 1), (PIPEMARE, 3, 2), ({**PIPEMARE, "flush_first": 2}, 3, 2), ("spectrain", 4, 1),
+        ("spectrain", 3, 2), ("xpipe", 3, 1), ("xpipe", 4, 4), ({"name": "xpipe", "flush_first": 2}, 3, 2),
+    ],
+)  # fmt: skip
+def test_extrapolated_weights(schedule: Any, stages: int, size: int) -> None:
+    check(Job(schedule, stages, size, model=DROPOUT), iterations=6)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("more", [{}, DISTRIBUTED], ids=["", "distributed optimizer"])
+@pytest.mark.parametrize(
+    ("schedule", "stages", "data"),
+    [(PIPEMARE, 3, 1), ("spectrain", 3, 1), ("xpipe", 3, 1), ("xpipe", 2, 2), (PIPEMARE, 3, 2)],
+)
+def test_extrapolated_masters_and_parts(
+    schedule: Any, stages: int, data: int, more: dict[str, Any], bf16: bool
+) -> None:
+    check(Job(schedule, stages, 2, data=data, alike=True, bf16=bf16, model=DROPOUT, **more))
