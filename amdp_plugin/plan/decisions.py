@@ -61,7 +61,8 @@ def check_decisions(program: Program, ago: WindowsAgo) -> None:
     schedule = program.schedule
 
     def sums(rank: int, action: Action) -> Iterator[Place]:
-        if action.kind == UPDATE and rank == schedule.placement.home(action.stage):
+        tied = schedule.sharing.is_tied(action.stage)
+        if action.kind == UPDATE and not tied and rank == schedule.placement.home(action.stage):
             for other, window in sums_of(ago, action):
                 if window >= 0:
                     home = schedule.placement.home(other)
@@ -89,7 +90,7 @@ def _known_at_updates(program: Program) -> Iterator[tuple[Action, tuple[int, ...
         for place in schedule.dependencies(rank, action):
             if place[0] != rank:
                 known[rank] = _later(known[rank], sent[place])
-        if rank == homes[stage]:
+        if not schedule.sharing.is_tied(stage) and rank == homes[stage]:
             if kind == UPDATE:
                 yield action, known[rank]
             complete = kind == REDUCE

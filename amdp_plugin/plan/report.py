@@ -15,6 +15,7 @@ from .program import Program
 from .schedule import Place, Schedule
 from .simulate import in_flight, simulate
 from .staleness import coefficient, mean_staleness
+from .tied import TiedWeight, tied_weights
 from .verify import verify
 from .versions import Version, versions
 
@@ -52,6 +53,7 @@ class Report:
         gradient_copies_by_rank: the same of sums of gradients: one for every stage here, and one for a stage whose
             closed window is parked.
         optimizer_states_by_rank: stages whose optimizer state a rank keeps. Under 1F1B all three are 1.
+        tied: weights that several stages share: how late they are on each, and copies of them and of their gradients.
         deadlock_free: whether no rank waits for ever; ``breach`` says who does.
         verified_windows: windows on which all laws were checked, from the first on.
         period: windows after which everything repeats, so that the laws hold for ever; ``None`` when no
@@ -84,6 +86,7 @@ class Report:
     weight_copies_by_rank: tuple[int, ...]
     gradient_copies_by_rank: tuple[int, ...]
     optimizer_states_by_rank: tuple[int, ...]
+    tied: tuple[TiedWeight, ...]
     deadlock_free: bool
     breach: str | None
     verified_windows: int
@@ -113,6 +116,7 @@ class Report:
             *_item("weight copies", f"by rank: {_numbers(self.weight_copies_by_rank)}", width),
             *_item("gradients", f"copies, by rank: {_numbers(self.gradient_copies_by_rank)}; optimizer states: "
                    f"{_numbers(self.optimizer_states_by_rank)}", width),
+            *(line for each in self.tied for line in _item("tied weight", _shared(each), width)),
             "",
             RECOMPUTATION,
         ]
@@ -190,6 +194,7 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
         weight_copies_by_rank=_weight_copies(schedule, master_weights),
         gradient_copies_by_rank=_gradient_copies(schedule),
         optimizer_states_by_rank=tuple(len(homes) for homes in _homes(schedule)),
+        tied=tied_weights(planner, settled),
         deadlock_free=breach is None,
         breach=breach,
         verified_windows=last,
@@ -247,6 +252,15 @@ def _gradient_copies(schedule: Schedule) -> tuple[int, ...]:
     parked = 1 if schedule.update_delay else 0
     stages = schedule.placement.stages
     return tuple(len(held) + parked * len(homes) for held, homes in zip(stages, _homes(schedule), strict=True))
+
+
+def _shared(weight: TiedWeight) -> str:
+    means = " ".join(f"{mean:.6g}" for mean in weight.mean_staleness)
+    return (
+        f"{weight.unit}, of the stages {_numbers(weight.stages)}, stepped with the first: gap {_numbers(weight.gap)}, "
+        f"staleness {_numbers(weight.staleness)} (in the mean {means}); copies beside it: "
+        f"{_numbers(weight.values)} of its value, {_numbers(weight.sums)} of a sum of its gradients"
+    )
 
 
 def _count(number: int, word: str) -> str:

@@ -11,6 +11,10 @@ What every action needs before it may run, what it sends to another rank, and wh
 | ``U(s, k)`` | the home | ``R(s, k)``, or its own backwards | weights for the guests' ``U(s, k)`` | all homes |
 | ``U(s, k)`` | a guest | ``U(s, k)`` of the home | | |
 
+A weight that several stages share is a unit of its own, numbered after the stages (:mod:`.sharing`). Its R and U are
+as above, but that its backwards are those of its stage on the rank, and that its home's ``U`` only follows that of its
+stage there, which steps it and so needs its ``R``. A forward after a flush needs ``U`` of what its stage shares, too.
+
 Homes meet only where a schedule's decisions are made in a ``meeting``, and then need this for all the stages at home
 there. Where decisions are the ``latest``, an update also takes a sum of every other stage, see :mod:`.decisions`.
 
@@ -22,11 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import inf
 from typing import Any
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .placement import Placement
+from .sharing import Sharing, Tied
 
 Place = tuple[int, Action]
 """An action on a rank."""
@@ -64,6 +70,8 @@ class Schedule:
         name: what users write in their configuration.
 
         placement: which rank runs which stage of which direction.
+        tied: for every weight that stages share and that is a unit of its own, those stages, ascending. Only in one
+            direction, with the latest weights; where updates meet, a host sums such gradients in the meeting.
         micro_batches: micro-batches of a window, over all directions; one window is one optimizer step.
         flush_every: a stage forwards no micro-batch of window ``flush_every``, ``2 * flush_every``, ... before its
             update of the window before. 1: a flush at every window, the schedule is synchronous. 0: never.
@@ -109,6 +117,7 @@ class Schedule:
     flush_every: int
     in_flight: tuple[int, ...]
     max_gap: tuple[int, ...]
+    tied: Tied = ()
     flush_first: int = 0
     weights: str = "latest"
     weight_versions: tuple[int, ...] = ()
@@ -158,6 +167,7 @@ class Schedule:
                 f"{self.name}: where ranks share stages an update stands at most one window late, so update_delay "
                 f"is at most {self.micro_batches // directions}, got {self.update_delay}"
             )
+        self.sharing.check(self.name, self.weights, self.together)
         self._try_priorities()
 
     def _check_weights(self) -> None:
@@ -200,6 +210,11 @@ class Schedule:
     @property
     def num_ranks(self) -> int:
         return self.placement.num_ranks
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """Who holds which stage, and which tied weight."""
+        return Sharing(self.placement, self.tied)
 
     @property
     def flush(self) -> bool:
@@ -277,7 +292,13 @@ class Schedule:
         return directions * self.micro_batches // self.placement.directions
 
     def windows_late(self, rank: int, stage: int) -> int:
-        """Windows that ``rank`` closes, at most, between the last backward of a window on ``stage`` and its update."""
+        """Windows that ``rank`` closes, at most, between the last backward of a window on ``stage`` and its update.
+
+        For a guest of a tied weight: until its home has stepped it, the first stage lets no more in.
+        """
+        if self.sharing.is_tied(stage):
+            home = self.sharing.stages(stage)[0]
+            return 0 if rank == self.placement.home(home) else -(-self.in_flight[home] // self.micro_batches)
         return -(-self.update_delay // self.backwards_per_window(rank, stage))
 
     def owner(self, action: Action) -> int | None:
@@ -287,7 +308,10 @@ class Schedule:
         return None
 
     def computes(self, rank: int, action: Action) -> bool:
-        """Whether ``action`` is work for ``rank``, and not messages alone: a guest does not step its stage."""
+        """Whether ``action`` is work for ``rank``, and not messages alone: a guest does not step its stage, and a tied
+        weight is stepped with its home's."""
+        if self.sharing.is_tied(action.stage):
+            return False
         return action.kind != UPDATE or rank == self.placement.home(action.stage)
 
     def message(self, rank: int, action: Action) -> Place | None:
@@ -324,7 +348,10 @@ class Schedule:
         if kind == FORWARD:
             above = ((self.placement.rank_of(stage - 1, index), Action(stage - 1, FORWARD, index)),) if stage else ()
             updates = self.updates_before(index // self.micro_batches)
-            return ((rank, Action(stage, UPDATE, updates - 1)), *above) if updates else above
+            if not updates:
+                return above
+            held = (stage, *self.sharing.of_stage[stage])
+            return *((rank, Action(unit, UPDATE, updates - 1)) for unit in held), *above
         if kind == BACKWARD:
             own = rank, Action(stage, FORWARD, index)
             if stage == self.num_stages - 1:
@@ -335,13 +362,15 @@ class Schedule:
     def _window_dependencies(self, rank: int, action: Action) -> Iterator[Place]:
         """Of a reduction or an update."""
         stage, kind, index = action
-        home = self.placement.home(stage)
+        home, *guests = self.sharing.holders[stage]
         if kind == REDUCE:
-            yield from self._own_backwards(rank, stage, index)
+            yield from self._own_backwards(rank, self.sharing.stage_on(rank, stage), index)
             if rank == home:
-                yield from ((guest, action) for guest in self.placement.holders[stage][1:])
+                yield from ((guest, action) for guest in guests)
         elif rank != home:
             yield home, action
+        elif self.sharing.is_tied(stage):
+            yield home, Action(self.sharing.stage_on(home, stage), UPDATE, index)
         elif self.together:
             for other in self.placement.stages[rank]:
                 if rank == self.placement.home(other):
@@ -355,6 +384,7 @@ class Schedule:
             yield home, Action(stage, REDUCE, window)
         else:
             yield from self._own_backwards(home, stage, window)
+        yield from ((home, Action(unit, REDUCE, window)) for unit in self.sharing.at_home(stage))
 
     def _own_backwards(self, rank: int, stage: int, window: int) -> Iterator[Place]:
         directions = [direction for direction, row in enumerate(self.placement.ranks) if row[stage] == rank]

@@ -14,6 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ..schedule import Schedule
+from ..sharing import Tied
 from .amdp import amdp
 from .chimera import chimera
 from .gpipe import gpipe
@@ -106,6 +107,7 @@ def make(
     strength: float = 1.0,
     flush_first: int = 0,
     decisions: str = "auto",
+    tied: Tied = (),
     **chosen: Any,
 ) -> Schedule:
     """Schedule ``name`` for a pipeline of ``num_stages`` and windows of ``micro_batches``.
@@ -114,6 +116,8 @@ def make(
         compensation: what is done about gradients that are late; ``strength`` goes with it. See :class:`.Schedule`.
         flush_first: windows at the start of a job that end with a flush all the same.
         decisions: how stages decide what concerns all of them; ``"auto"``: as the schedule itself has it. See
+            :class:`.Schedule`.
+        tied: for every weight that stages share and that is to be a unit of its own, those stages. See
             :class:`.Schedule`.
         chosen: the schedule's own options.
 
@@ -149,7 +153,8 @@ def make(
                 f"leave out {decisions!r}"
             )
         told.update(decisions=decisions)
-    return _told(made, told) if told else made
+    made = _told(made, told) if told else made
+    return _with_tied(made, tied) if tied else made
 
 
 def _told(schedule: Schedule, told: Mapping[str, Any]) -> Schedule:
@@ -157,6 +162,12 @@ def _told(schedule: Schedule, told: Mapping[str, Any]) -> Schedule:
     alternatives = tuple(_told(each, told) for each in schedule.alternatives)
     smaller = schedule.smaller and partial(_smaller, schedule.smaller, told)
     return replace(schedule, **told, alternatives=alternatives, smaller=smaller, options={**schedule.options, **told})
+
+
+def _with_tied(schedule: Schedule, tied: Tied) -> Schedule:
+    """``schedule`` and its alternatives with tied weights; on smaller likes, which have other stages, none."""
+    alternatives = tuple(_with_tied(each, tied) for each in schedule.alternatives)
+    return replace(schedule, tied=tied, alternatives=alternatives)
 
 
 def _smaller(made: Callable[[int], Schedule], told: Mapping[str, Any], at_most: int) -> Schedule:
