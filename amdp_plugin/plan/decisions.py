@@ -81,7 +81,8 @@ def _known_at_updates(program: Program) -> Iterator[tuple[Action, tuple[int, ...
     """Every home's updates, each with the latest window of every stage whose sum is on its way there for sure."""
     schedule = program.schedule
     homes = [schedule.placement.home(stage) for stage in range(schedule.num_stages)]
-    alone = [len(holders) == 1 for holders in schedule.placement.holders]
+    shares = [bool(schedule.sharing.at_home(stage)) for stage in range(schedule.num_stages)]
+    alone = [len(schedule.placement.holders[stage]) == 1 and not shares[stage] for stage in range(schedule.num_stages)]
     backwards = [0] * schedule.num_stages
     known = [(NOTHING,) * schedule.num_stages for _ in program.rows]
     sent: dict[Place, tuple[int, ...]] = {}
@@ -91,15 +92,16 @@ def _known_at_updates(program: Program) -> Iterator[tuple[Action, tuple[int, ...
             if place[0] != rank:
                 known[rank] = _later(known[rank], sent[place])
         if not schedule.sharing.is_tied(stage) and rank == homes[stage]:
-            if kind == UPDATE:
-                yield action, known[rank]
-            complete = kind == REDUCE
+            # The gradients of a tied weight's guests come between the last backward and the update.
+            complete = kind == (UPDATE if shares[stage] else REDUCE)
             if kind == BACKWARD and alone[stage]:
                 backwards[stage] += 1
                 complete = backwards[stage] % schedule.micro_batches == 0
                 index = backwards[stage] // schedule.micro_batches - 1
             if complete:
                 known[rank] = (*known[rank][:stage], index, *known[rank][stage + 1 :])
+            if kind == UPDATE:
+                yield action, known[rank]
         sent[rank, action] = known[rank]
 
 

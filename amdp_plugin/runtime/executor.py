@@ -128,6 +128,8 @@ class Executor:
     def _begin_program(self) -> None:
         """Nothing is in flight: from this window on, one of the two programs is run from its start."""
         opens = self.window < self.schedule.flush_first
+        if self._exchange is not None:
+            self._exchange.drain()  # a tied weight may be on its way to those that close their windows early
         self._running = self._opening if self._opening is not None and opens else self.planner
         self._base = self.window
         if self._decisions is not None:
@@ -169,9 +171,9 @@ class Executor:
             self._forward(action)
         elif action.kind == BACKWARD:
             self._backward(action)
-        elif action.kind == REDUCE:
+        elif action.kind == REDUCE or self.schedule.sharing.is_tied(action.stage):
             assert self._exchange is not None
-            self._exchange.reduce(action)
+            (self._exchange.reduce if action.kind == REDUCE else self._exchange.pass_on)(action)
         else:
             self._update(action)
         self._watch.last_done = action

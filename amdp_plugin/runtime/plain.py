@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from .losses import WindowLosses
 from .random_streams import RandomStreams
 from .replica import make_replicas
 from .stage import Loss, Stage, as_tuple, input_leaf
+from .tied import make_tied
 from .weights import live_update
 from .worker import StagesWorker
 
@@ -33,6 +34,7 @@ class PlainWorker(StagesWorker):
         optimizers: for every stage that has its home here, what steps it after a window, with the mean gradient.
         loss: of the last stage, a scalar.
         data: where a first or last stage is, the ``(input, label)`` micro-batches of all directions.
+        tied: of the stage here, the parameter of every weight that the schedule ties, ``None`` where it has no part.
         coefficient: of error feedback, from :func:`.plan.staleness.planned_coefficient`; ``None`` without.
 
     Attributes:
@@ -48,9 +50,11 @@ class PlainWorker(StagesWorker):
         loss: Loss | None = None,
         data: Iterator[tuple[Any, Any]] | None = None,
         coefficient: float | None = None,
+        tied: Sequence[nn.Parameter | None] = (),
     ) -> None:
         feed = Feed(lambda: next(data), partial(schedule.placement.is_end, rank)) if data else None
-        replicas = make_replicas(schedule.placement, rank, modules)
+        shared, self.tied_modules = make_tied(schedule, rank, tied)
+        replicas = {**make_replicas(schedule.placement, rank, modules), **shared}
         streams = RandomStreams(schedule.placement.directions)
         super().__init__(schedule, feed, streams, WindowLosses(), replicas)
         self.modules, self._optimizers, self.reported = modules, optimizers, dict[int, float]()
@@ -87,7 +91,7 @@ class PlainWorker(StagesWorker):
 
     def update(self, action: Action) -> None:
         optimizer = self._optimizers[action.stage]
-        with live_update(self.modules[action.stage].parameters()), self._stepping(action):
+        with live_update(self.modules[action.stage].parameters()), self.keeping_tied(), self._stepping(action):
             optimizer.step()
         optimizer.zero_grad()
 

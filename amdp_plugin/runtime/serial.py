@@ -26,6 +26,7 @@ from ..plan.staleness import planned_coefficient
 from ..plan.verify import verify
 from .random_streams import split
 from .runnable import check_runnable
+from .serial_tied import SharedWeights, Tied
 
 Tensors = tuple[Tensor, ...]
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -63,6 +64,8 @@ class SerialPipeline:
             a schedule's updates meet, once a window with those of all stages.
         measure: where decisions are the latest: of a stage's gradients (``None`` where there is none), the number that
             stages add up.
+        tied: for every weight that stages share, the stages that the schedule names for it, each with its parameter. It
+            is stepped with the first of them, and part of no other stage's optimizer.
         decide: then called with a stage's master parameters, gradients set, and the sum, before each step.
 
     Attributes:
@@ -88,6 +91,7 @@ class SerialPipeline:
         before_step: Callable[[list[nn.Parameter]], Any] = lambda parameters: None,
         measure: Callable[[list[Tensor | None]], float] = lambda gradients: 0.0,
         decide: Callable[[list[nn.Parameter], float], Any] = lambda parameters, total: None,
+        tied: Tied = (),
     ) -> None:
         check_runnable(schedule)
         if len(stages) != schedule.num_stages:
@@ -95,15 +99,17 @@ class SerialPipeline:
         self.stages, self.schedule, self._costs = list(stages), Planner(schedule, costs).schedule, costs
         self.used: dict[tuple[int, int], Used] = {}
         self._loss, self._before_step, self._measure, self._decide = loss, before_step, measure, decide
+        self._shared = SharedWeights(
+            tied, schedule, self.stages, lambda stage, parameter: _Replica(stage, [parameter], master_dtype, 1)
+        )
         self._replicas = [
-            {rank: _Replica(_own(stage, copy=rank != ranks[0]), master_dtype, versions) for rank in ranks}
+            {rank: self._replica_of(stage, rank != ranks[0], master_dtype, versions) for rank in ranks}
             for stage, ranks, versions in zip(
                 stages, schedule.placement.holders, schedule.weight_versions, strict=True
             )
         ]
         self._masters = [
-            [_master(parameter, master_dtype) for parameter in stage.parameters() if parameter.requires_grad]
-            for stage in stages
+            [_master(parameter, master_dtype) for parameter in self._shared.own(stage)] for stage in self.stages
         ]
         self.optimizers = [make_optimizer(masters) for masters in self._masters]
         ranks, present = range(schedule.num_ranks), torch.get_rng_state()
@@ -173,12 +179,15 @@ class SerialPipeline:
         for replicas in self._replicas:
             for replica in replicas.values():
                 replica.use(replica.version)
+        self._shared.take_all()
         assert not self._flying and not self._messages, "the program left work undone"
         return [self._mean_loss(window) for window in range(first, first + windows)]
 
     def _run(self, rank: int, action: Action) -> None:
         stage, kind, index = action
-        if kind == UPDATE:
+        if self.schedule.sharing.is_tied(stage):
+            self._run_tied(stage, self.schedule.sharing.stage_on(rank, stage), kind, index)
+        elif kind == UPDATE:
             self._update(rank, stage, index)
         elif kind == REDUCE:
             if self._replicas[stage][rank] is self._home(stage):
@@ -224,6 +233,7 @@ class SerialPipeline:
                 torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.clone() for tensor in floating
             )
         replica.accumulate()
+        self._shared.accumulate(stage)
         self._backwards[stage] += 1
         if len(self._replicas[stage]) == 1 and self._backwards[stage] % self.schedule.micro_batches == 0:
             self._close(stage, self.versions[stage] + len(self._closed[stage]))
@@ -233,6 +243,23 @@ class SerialPipeline:
         gradients = [replica.take_gradients() for replica in self._replicas[stage].values()]
         self._closed[stage].append([_sum(parts) for parts in zip(*gradients, strict=True)])
         self._measured[stage, window] = self._measure(self._closed[stage][-1])
+
+    def _run_tied(self, unit: int, stage: int, kind: str, window: int) -> None:
+        """A guest sends its sum, and takes the new value; the home adds the sums to its own, and sends what it made."""
+        home, parameter = self._shared.home(unit)
+        if stage != home:
+            if kind == REDUCE:
+                self._shared.send_gradient(unit, stage, window)
+            else:
+                self._shared.take_value(unit, stage)
+            return
+        place = next(place for place, own in enumerate(self._shared.own(self.stages[home])) if own is parameter)
+        if kind == UPDATE:
+            self._shared.send_value(unit, self._latest[home][place])
+            return
+        gradients = self._closed[home][window - self.versions[home]]
+        gradients[place] = _sum((gradients[place], *self._shared.gradients(unit, window)))
+        self._measured[home, window] = self._measure(gradients)
 
     def _update(self, rank: int, stage: int, window: int) -> None:
         """At home: step the masters with the gradients of all replicas. Everywhere: take the result as next version."""
@@ -285,6 +312,10 @@ class SerialPipeline:
             total += own / size
         return float(total)
 
+    def _replica_of(self, stage: nn.Module, copy: bool, dtype: torch.dtype | None, versions: int) -> _Replica:
+        module = deepcopy(stage) if copy else stage
+        return _Replica(module, self._shared.own(module), dtype, versions)
+
     def _streams(self, state: Tensor) -> list[Tensor]:
         """A stream for each direction, from the state of a rank."""
         outside = torch.get_rng_state()
@@ -295,12 +326,14 @@ class SerialPipeline:
 
 
 class _Replica:
-    """A stage on one of the ranks that hold it: its parameters, the latest of their versions and as many before it as
-    may be in use, and the sum of their gradients."""
+    """A stage on one of the ranks that hold it, or a weight of it: the parameters, the latest of their versions and as
+    many before it as may be in use, and the sum of their gradients."""
 
-    def __init__(self, module: nn.Module, master_dtype: torch.dtype | None, versions: int) -> None:
+    def __init__(
+        self, module: nn.Module, parameters: list[nn.Parameter], master_dtype: torch.dtype | None, versions: int
+    ) -> None:
         self.module, self.version, self._versions = module, 0, versions
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._parameters = parameters
         self._master_dtype = master_dtype
         self._sums: list[Tensor | None] = [None] * len(self._parameters)
         self._values = {0: [parameter.detach().clone() for parameter in self._parameters]}
@@ -340,10 +373,6 @@ class _Replica:
         ]
         self._values.pop(self.version - self._versions - 1, None)
         self.use(self.version)
-
-
-def _own(module: nn.Module, copy: bool) -> nn.Module:
-    return deepcopy(module) if copy else module
 
 
 def _sum(parts: Iterable[Tensor | None]) -> Tensor | None:
