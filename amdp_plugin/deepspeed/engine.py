@@ -23,7 +23,7 @@ from ..runtime.replica import Guest
 from .checkpoint import AHEAD, RANDOM_STATE, load_beside, save_beside
 from .config import read_settings
 from .feedback import error_feedback
-from .guests import build_replicas, layers, sum_dtype
+from .guests import build_replicas, sum_dtype
 from .instructions import RunAction, WindowSchedule
 from .losses import broken, summed
 from .meeting import StageGrid, clip_by_whole_norm, groups_of, make_stage_local, needs, norm_by
@@ -79,9 +79,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         costs = settings.costs(self.num_stages)
         self.pipeline = Pipeline(self._make_schedule(self.micro_batches), costs, self._site(), self._pull, GENERATORS)
         bound_collectives(groups_of(self.grid), settings.timeout_seconds)
-        self.guests, replicas = build_replicas(self, self.pipeline.schedule.placement)
-        modules = {self.stage_id: self.module, **self.guests}
-        held = {stage: layers(modules[stage]) for stage in replicas}
+        self.guests, replicas, held = build_replicas(self, self.pipeline.schedule)
         self.pipeline.hold(replicas, held, error_feedback(self, settings))
         if self._loader is not None:
             super().set_dataloader(self._loader)  # again: now it is known who reads
@@ -125,7 +123,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         which stays in the weights until the next window. Training goes on afterwards as if it had not been called:
         what is in flight stays, and it draws no random numbers."""
         with self._aside(), self._acting_as(self.stage_id), self.pipeline.watch.guard("evaluation", None):
-            self.pipeline.feedback.put_plain()
+            self.pipeline.put_plain()
             return super().eval_batch(data_iter, *args, **kwargs)
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -323,7 +321,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         worker = EngineWorker(self, schedule, self._num_buffers(schedule))
         self.pipeline.start(worker, self.global_steps, [self.module, *self.guests.values()])
         lines = [clipping_line(self.gradient_clipping(), schedule)]
-        if schedule.reduces or self.pipeline.planned.coefficient is not None:
+        if schedule.reduces or schedule.tied or self.pipeline.planned.coefficient is not None:
             guests, plain = list(self.guests.values()), self.pipeline.feedback.bytes_kept()
             held = Held([self.module], guests, sum_dtype(self.optimizer), self.exchange_buffers(), plain)
             lines += memory_table(held, self.grid.get_pipe_parallel_group(), self.device)

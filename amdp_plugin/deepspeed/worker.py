@@ -130,9 +130,10 @@ class EngineWorker(StagesWorker):
         return inputs
 
     def update(self, action: Action) -> None:
-        feedback = self._engine.pipeline.feedback
-        with live_update(self._engine.module.parameters()), feedback.stepping(self.runs_freely(action)):
-            self._engine._exec_reduce_tied_grads()
+        stepping = self._engine.pipeline.feedback.stepping(self.runs_freely(action))
+        with live_update(self._engine.module.parameters()), self.keeping_tied(), stepping:
+            if not self.schedule.tied:  # those have come, or gone, in messages of their own
+                self._engine._exec_reduce_tied_grads()
             self._engine._exec_reduce_grads()
             with self._engine.deciding(action):
                 self._engine._exec_optimizer_step()

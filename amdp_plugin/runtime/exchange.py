@@ -22,8 +22,8 @@ from ..plan.action import REDUCE, UPDATE, Action
 from ..plan.devices import RECEIVE_BUFFERS
 from ..plan.postings import next_guest
 from ..plan.schedule import Schedule
-from .replica import Guest, Home
-from .tied import TiedGuest, tied_guests
+from .replica import Home
+from .tied import Replicas, TiedGuest, tied_guests
 from .transport import GRADIENT_TAG, WEIGHT_TAG, Incoming, Transport
 from .watch import Waitable, Watch
 
@@ -71,7 +71,7 @@ class Exchange:
     def __init__(
         self,
         schedule: Schedule,
-        replicas: Mapping[int, Home | Guest | TiedGuest],
+        replicas: Replicas,
         gradients: Transport,
         weights: Transport,
         watch: Watch,

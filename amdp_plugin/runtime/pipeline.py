@@ -35,9 +35,8 @@ from .feedback import ErrorFeedback
 from .groups import MAX_CHANNELS, channels_of_a_message
 from .losses import WindowLosses
 from .random_streams import Generators, RandomStreams
-from .replica import Guest, Home
 from .runnable import check_modules, check_runnable
-from .tied import TiedGuest, tied_guests
+from .tied import Replicas, TiedGuest, tied_guests
 from .timeline import Timeline
 from .transport import Transport
 from .watch import PipelineStallError, Watch
@@ -114,7 +113,7 @@ class Pipeline:
         self.losses = WindowLosses()
         self.exchange: Exchange | None = None
         self.channels: Channels | None = None
-        self.replicas: Mapping[int, Home | Guest | TiedGuest] = {}
+        self.replicas: Replicas = {}
         self._replicated: Mapping[int, nn.Module] = {}
         self._transports: list[Transport] = []
         self._unchecked: tuple[nn.Module, ...] = ()
@@ -130,7 +129,7 @@ class Pipeline:
 
     def hold(
         self,
-        replicas: Mapping[int, Home | Guest | TiedGuest],
+        replicas: Replicas,
         modules: Mapping[int, nn.Module],
         feedback: ErrorFeedback,
     ) -> None:

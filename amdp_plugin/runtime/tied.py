@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.schedule import Schedule
-from .replica import GradientOf, Home, gradient_of
+from .replica import GradientOf, Guest, Home, gradient_of
 from .weights import live_update
 
 
@@ -90,7 +90,8 @@ class TiedGuest:
         self._gradient_of(self._parameter).zero_()
 
 
-TiedReplicas = dict[int, Home | TiedGuest]
+Replicas = Mapping[int, Home | Guest | TiedGuest]
+"""By number, the stages and tied weights on a rank that others hold too."""
 
 
 def make_tied(
@@ -99,7 +100,7 @@ def make_tied(
     parameters: Sequence[nn.Parameter | None],
     sum_dtype: torch.dtype | None = None,
     gradient_of: GradientOf = gradient_of,
-) -> tuple[TiedReplicas, dict[int, nn.Module]]:
+) -> tuple[dict[int, Home | TiedGuest], dict[int, nn.Module]]:
     """The tied weights on ``rank``, and a module for each, by the number that the schedule gives it.
 
     Args:
@@ -130,6 +131,6 @@ def make_tied(
     }, modules
 
 
-def tied_guests(replicas: Mapping[int, object]) -> list[TiedGuest]:
+def tied_guests(replicas: Replicas) -> list[TiedGuest]:
     """Those of ``replicas`` that are tied weights away from home."""
     return [replica for replica in replicas.values() if isinstance(replica, TiedGuest)]

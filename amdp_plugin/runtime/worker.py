@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,9 @@ from .channels import Tensors
 from .feed import Feed
 from .losses import WindowLosses
 from .random_streams import RandomStreams
-from .replica import Guest, Home
+from .replica import Guest
 from .stage import copy_buffers, gradients_of, restore_buffers
-from .tied import TiedGuest, tied_guests
+from .tied import Replicas, tied_guests
 
 
 class StagesWorker(ABC):
@@ -37,7 +37,7 @@ class StagesWorker(ABC):
         feed: Feed | None,
         streams: RandomStreams,
         losses: WindowLosses,
-        replicas: Mapping[int, Home | Guest | TiedGuest],
+        replicas: Replicas,
     ) -> None:
         self.schedule, self.streams, self.losses, self.replicas = schedule, streams, losses, replicas
         self.feed = feed

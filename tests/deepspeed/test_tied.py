@@ -1,0 +1,125 @@
+"""Layers tied over stages under paci, whose stages never meet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.processes import run_ranks
+
+from .jobs import Job, finish, stream
+from .test_oracle import BF16, LIMIT, NON_REENTRANT, REENTRANT, clip, clip_masters, squares
+from .tied_layers import assert_equals_oracle, make_tied_engine, oracle_of_tied, train_tied
+
+FEEDBACK = {"compensation": "error_feedback"}
+MASTERS: dict[str, Any] = {"config": {**BF16, "communication_data_type": "fp32"}, "dtype": torch.bfloat16}
+ZERO: dict[str, Any] = {"config": {"zero_optimization": {"stage": 1}}}
+
+
+def check(job: Job, **options: Any) -> list[dict[str, Any]]:
+    found = run_ranks(job.world, train_tied, job)
+    assert_equals_oracle(found, *oracle_of_tied(job, (job.windows,), **options))
+    return found
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 2), (2, 4), (3, 2), (4, 1), (4, 4), (4, 6)])
+def test_paci(stages: int, size: int) -> None:
+    """Windows below, at and above the stages."""
+    check(Job("paci", stages, size, optimizer={2: "sgd", 3: "fused", 4: "adamw"}[stages]))
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_a_deep_pipeline(size: int) -> None:
+    check(Job("paci", 8, size, optimizer="adamw", windows=3))
+
+
+@pytest.mark.parametrize("config", [REENTRANT, NON_REENTRANT], ids=["reentrant", "not reentrant"])
+def test_recomputation(config: dict[str, Any]) -> None:
+    check(Job("paci", 3, 2, optimizer="adamw", config=config), recomputed=True)
+
+
+@pytest.mark.parametrize("masters", [ZERO, MASTERS], ids=["ZeRO-1", "bf16"])
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (3, 3)])
+def test_masters(masters: dict[str, Any], stages: int, size: int) -> None:
+    """The guest's optimizer copies its own masters over the weights, and the value that came is put back."""
+    job = Job("paci", stages, size, optimizer="adamw", **masters)
+    check(job, master_dtype=torch.float32 if masters is MASTERS else None)
+
+
+@pytest.mark.parametrize("more", [{}, ZERO, MASTERS], ids=["fp32", "ZeRO-1", "bf16"])
+def test_replicas_that_are_alike(more: dict[str, Any]) -> None:
+    job = Job("paci", 2, 2, optimizer="adamw", replicas=2, alike=True, **more)
+    check(job, master_dtype=torch.float32 if more is MASTERS else None)
+
+
+@pytest.mark.parametrize("more", [{}, MASTERS], ids=["fp32", "bf16"])
+def test_error_feedback(more: dict[str, Any]) -> None:
+    job = Job({"name": "paci", **FEEDBACK}, 3, 2, optimizer="adamw", **more)
+    check(job, master_dtype=torch.float32 if more else None)
+
+
+@pytest.mark.parametrize("more", [{"flush_first": 2}, {"flush_every": 2}])
+def test_flushes(more: dict[str, int]) -> None:
+    check(Job({"name": "paci", **more}, 3, 2, optimizer="adamw", windows=6))
+
+
+@pytest.mark.parametrize("masters", [None, MASTERS], ids=["fp32", "bf16"])
+def test_the_norm_counts_it_once_and_whole(masters: dict[str, Any] | None) -> None:
+    """At its home, where the gradients of the guest have been added; the default: by what is known of all stages."""
+    more = masters or {}
+    job = Job({"name": "paci", "decisions": "latest"}, 4, 4, optimizer="adamw", **more)
+    job = replace(job, config={**job.config, "gradient_clipping": LIMIT})
+    if masters is None:
+        check(job, measure=squares, decide=clip)
+    else:
+        check(job, measure=squares, decide=clip_masters, master_dtype=torch.float32)
+
+
+def train_in_parts(rank: int, job: Job, parts: tuple[int, ...]) -> dict[str, Any]:
+    engine = make_tied_engine(rank, job)
+    batches, losses = stream(engine, job), []
+    for windows in parts:
+        losses += [float(engine.train_batch(batches)) for _ in range(windows)]
+        engine.executor.quiesce()
+    return finish(engine, losses)
+
+
+def test_quiesce_is_a_cut() -> None:
+    job = Job("paci", 3, 1, optimizer="adamw")
+    assert_equals_oracle(run_ranks(3, train_in_parts, job, (3, 1, 2)), *oracle_of_tied(job, (3, 1, 2)))
+
+
+def save_and_go_on(rank: int, job: Job, folder: str) -> dict[str, Any]:
+    engine = make_tied_engine(rank, job)
+    batches, losses = stream(engine, job), []
+    for window in range(job.windows):
+        if window == 3:
+            engine.save_checkpoint(folder, tag="third")
+            losses.clear()
+        losses.append(float(engine.train_batch(batches)))
+    return finish(engine, losses)
+
+
+def resume(rank: int, job: Job, folder: str) -> dict[str, Any]:
+    engine = make_tied_engine(rank, job)
+    engine.load_checkpoint(folder, tag="third")
+    shown = engine.module.state_dict()
+    batches = stream(engine, job, 3 * job.size)
+    result = finish(engine, [float(engine.train_batch(batches)) for _ in range(job.windows - 3)])
+    return {**result, "loaded": {key: value.clone() for key, value in shown.items()}}
+
+
+@pytest.mark.parametrize("schedule", ["paci", {"name": "paci", **FEEDBACK}], ids=["", "error feedback"])
+@pytest.mark.parametrize("more", [{}, ZERO, MASTERS], ids=["fp32", "ZeRO-1", "bf16"])
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(schedule: Any, more: dict[str, Any], tmp_path: Path) -> None:
+    job = Job(schedule, 3, 1, optimizer="adamw", windows=7, **more)
+    whole = run_ranks(3, save_and_go_on, job, str(tmp_path))
+    resumed = run_ranks(3, resume, job, str(tmp_path))
+    for one, other in zip(whole, resumed, strict=True):
+        assert one["losses"] == other["losses"]
+        for stage, weights in one["weights"].items():
+            assert all(map(torch.equal, weights.values(), other["weights"][stage].values()))
