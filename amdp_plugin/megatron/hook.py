@@ -19,11 +19,12 @@ from ..runtime.pipeline import Pipeline, Site
 from ..runtime.runnable import check_homes, check_runnable
 from ..settings import Needs, ScheduleSettings
 from .feedback import error_feedback
-from .guests import ModelProvider, bare, build_guests, build_replicas, sum_dtype
+from .guests import ModelProvider, build_guests, build_replicas, sum_dtype
 from .losses import WindowReports
 from .optimizer import OptimizerSteps, stage_local
 from .random_state import GENERATORS
 from .refusals import check_common_decisions, check_options
+from .tied import is_tied, tied_embedding
 from .worker import Call, ChunksWorker
 
 stock_forward_backward_func = schedules.get_forward_backward_func
@@ -97,7 +98,7 @@ class ScheduledForwardBackward:
         self._group = parallel_state.get_pipeline_model_parallel_group()
         self._num_stages, self._rank = self._group.size(), self._group.rank()
         self._clipping, self._fp16 = float(optimizer.config.clip_grad), bool(self._config.fp16)
-        self._tied = self._num_stages > 1 and bool(getattr(bare(self._chunk), "share_embeddings_and_output_weights", 0))
+        self._tied = self._num_stages > 1 and is_tied(self._chunk)
         self._iteration, self._resumed_states, self._resumed_ahead = iteration, random_states, ahead
         if num_microbatches is not None:
             self.schedule = self._check(self._make_schedule(num_microbatches))
@@ -174,7 +175,7 @@ class ScheduledForwardBackward:
         if forward_only:
             with self.pipeline.watch.guard("evaluation", None) if self._started else nullcontext():
                 if self._started:
-                    self.pipeline.feedback.put_plain()
+                    self.pipeline.put_plain()
                 stock = stock_forward_backward_func()
                 return stock(num_microbatches=num_microbatches, forward_only=True, **arguments)
         if not self._attached:
@@ -212,11 +213,9 @@ class ScheduledForwardBackward:
         costs, everywhere = self.settings.costs(self._num_stages), lambda micro_batch: True
         self.pipeline = Pipeline(self.schedule, costs, self._site(), self._pull, GENERATORS, everywhere)
         bound_collectives(_groups(self._group), self.settings.timeout_seconds)
-        placement = self.pipeline.schedule.placement
-        self.guests = build_guests(self._provider, self._chunk, self._rank, placement)
-        replicas = build_replicas(self._chunk, self._rank, self.guests, placement)
-        chunks = {self._rank: self._chunk, **self.guests}
-        held = {stage: bare(chunks[stage]) for stage in replicas}
+        schedule = self.pipeline.schedule
+        self.guests = build_guests(self._provider, self._chunk, self._rank, schedule.placement)
+        replicas, held = build_replicas(self._chunk, self._rank, self.guests, schedule)
         self.pipeline.hold(replicas, held, error_feedback(self._optimizer, self._chunk))
         if not self.updates_meet:
             self._taken.enter_context(stage_local(self._optimizer))
@@ -242,7 +241,7 @@ class ScheduledForwardBackward:
         worker = ChunksWorker(self.pipeline, chunks, self._rank, self._steps, lambda: self._call, self._reports.collect)
         self.pipeline.start(worker, window, chunks.values())
         lines = [clipping_line(self._clipping, schedule), *self.notices]
-        if schedule.reduces or self.pipeline.planned.coefficient is not None:
+        if schedule.reduces or schedule.tied or self.pipeline.planned.coefficient is not None:
             guests, plain = list(self.guests.values()), self.pipeline.feedback.bytes_kept()
             held = Held([self._chunk], guests, sum_dtype(self._chunk), self.pipeline.exchange_buffers(), plain)
             lines += memory_table(held, self._group, self._site().device)
@@ -250,7 +249,8 @@ class ScheduledForwardBackward:
             print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)
 
     def _make_schedule(self, micro_batches: int) -> Schedule:
-        needs = Needs(norm=self._clipping > 0, exact=self._fp16 or self._tied)
+        tied = tied_embedding(self._num_stages, self._tied)
+        needs = Needs(norm=self._clipping > 0, exact=self._fp16, tied=tied)
         return self.settings.make(self._num_stages, micro_batches, needs)
 
     def _check(self, schedule: Schedule) -> Schedule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 
 from ..runtime.decisions import Whole, first_sum
 from .stage_view import accepted
+from .tied import apart
 
 StepResult = tuple[bool, float | None, int | None]
 """(whether the update was made, norm of the gradients, zeros among them), as Megatron's ``optimizer.step`` returns."""
@@ -96,15 +97,19 @@ def is_distributed(optimizer: Any) -> bool:
     return bool(getattr(optimizer.config, "use_distributed_optimizer", False))
 
 
-def reduce_gradients(config: Any, chunk: Any, has_guests: bool, **given: Any) -> None:
+def reduce_gradients(config: Any, chunk: Any, has_guests: bool, tied_apart: bool, **given: Any) -> None:
     """What Megatron does with a window's gradients before the step: over data-parallel replicas, layer norms over
     tensor-parallel ranks, tied embeddings between the first and the last stage.
 
     Args:
-        has_guests: gradients of other ranks have been added, so that no reduction can have begun in a backward.
+        has_guests: gradients of other ranks have been added, or sent to them, so that no reduction can have begun in a
+            backward.
+        tied_apart: those of tied embeddings among them.
         given: ``pg_collection`` and ``force_all_reduce`` of the call.
     """
     if has_guests and chunk.ddp_config.overlap_grad_reduce:
         chunk.start_grad_sync()
-    if config.finalize_model_grads_func is not None:
+    if config.finalize_model_grads_func is None:
+        return
+    with apart(chunk) if tied_apart else nullcontext():
         config.finalize_model_grads_func([chunk], None, **accepted(config.finalize_model_grads_func, **given))

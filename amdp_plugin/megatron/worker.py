@@ -25,9 +25,8 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.stage import input_leaf
 from ..runtime.weights import live_update
 from ..runtime.worker import StagesWorker
-from .guests import bare
 from .optimizer import OptimizerSteps, reduce_gradients
-from .stage_view import accepted, acting_as
+from .stage_view import accepted, acting_as, bare
 
 
 @dataclass
@@ -148,9 +147,10 @@ class ChunksWorker(StagesWorker):
         del self._in_flight[action.stage, action.index]
 
     def update(self, action: Action) -> None:
-        home = self._chunks[self._home]
-        reduction = partial(reduce_gradients, self._config, home, bool(self.replicas), **self._call().reduction)
-        with live_update(home.parameters()), self._feedback.stepping(self.runs_freely(action)):
+        home, stepping = self._chunks[self._home], self._feedback.stepping(self.runs_freely(action))
+        exchanged = bool(self.replicas), bool(self.schedule.tied)
+        reduction = partial(reduce_gradients, self._config, home, *exchanged, **self._call().reduction)
+        with live_update(home.parameters()), self.keeping_tied(), stepping:
             self._steps.run(reduction, self._deciding(action))
 
     def _deciding(self, update: Action) -> AbstractContextManager[Any]:
@@ -160,9 +160,9 @@ class ChunksWorker(StagesWorker):
 
     def _synchronization(self, action: Action) -> Any:
         """Reductions over data-parallel replicas may begin within a window's last backward, where the job overlaps
-        them, and no gradients of guests are still to come."""
+        them, and no gradients of guests are still to come, or to go."""
         size = self.schedule.micro_batches
-        last = self.directions == 1 and action.index % size == size - 1
+        last = self.directions == 1 and not self.replicas and action.index % size == size - 1
         if action.stage != self._home or last or self._config.no_sync_func is None:
             return nullcontext()
         return self._config.no_sync_func()
