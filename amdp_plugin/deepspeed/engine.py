@@ -28,6 +28,7 @@ from .instructions import RunAction, WindowSchedule
 from .losses import broken, summed
 from .meeting import StageGrid, clip_by_whole_norm, groups_of, make_stage_local, needs, norm_by
 from .random_state import GENERATORS
+from .tied_state import EngineStates
 from .worker import EngineWorker
 
 SHAPES_HINT = (
@@ -80,7 +81,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         self.pipeline = Pipeline(self._make_schedule(self.micro_batches), costs, self._site(), self._pull, GENERATORS)
         bound_collectives(groups_of(self.grid), settings.timeout_seconds)
         self.guests, replicas, held = build_replicas(self, self.pipeline.schedule)
-        self.pipeline.hold(replicas, held, error_feedback(self, settings))
+        self.pipeline.hold(replicas, held, error_feedback(self, settings), EngineStates(self))
         if self._loader is not None:
             super().set_dataloader(self._loader)  # again: now it is known who reads
         self._start()

@@ -25,6 +25,7 @@ from .optimizer import OptimizerSteps, stage_local
 from .random_state import GENERATORS
 from .refusals import check_common_decisions, check_options
 from .tied import is_tied, tied_embedding
+from .tied_state import MegatronStates
 from .worker import Call, ChunksWorker
 
 stock_forward_backward_func = schedules.get_forward_backward_func
@@ -216,7 +217,8 @@ class ScheduledForwardBackward:
         schedule = self.pipeline.schedule
         self.guests = build_guests(self._provider, self._chunk, self._rank, schedule.placement)
         replicas, held = build_replicas(self._chunk, self._rank, self.guests, schedule)
-        self.pipeline.hold(replicas, held, error_feedback(self._optimizer, self._chunk))
+        feedback, states = error_feedback(self._optimizer, self._chunk), MegatronStates(self._optimizer)
+        self.pipeline.hold(replicas, held, feedback, states)
         if not self.updates_meet:
             self._taken.enter_context(stage_local(self._optimizer))
         if not self.schedule.flush:

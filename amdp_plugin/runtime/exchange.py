@@ -77,7 +77,8 @@ class Exchange:
         watch: Watch,
         gradient_buffers: int = RECEIVE_BUFFERS,
     ) -> None:
-        self._holders, self._replicas, self._watch = schedule.sharing.holders, replicas, watch
+        self._holders, self._is_tied = schedule.sharing.holders, schedule.sharing.is_tied
+        self._replicas, self._watch = replicas, watch
         self._transports = {GRADIENT_TAG: gradients, WEIGHT_TAG: weights}
         self._homes = {stage: replica for stage, replica in replicas.items() if isinstance(replica, Home)}
         self._free = {
@@ -191,6 +192,10 @@ class Exchange:
             guest.adopt()
         self.drain()
 
+    def is_home(self, unit: int) -> bool:
+        """Whether this rank is that of ``unit``, a stage or a tied weight."""
+        return unit in self._homes
+
     def show_homes(self, modules: Mapping[int, nn.Module]) -> None:
         """Between two windows, let guests of tied weights show what their homes have, whatever is still on its way to
         them, until they :meth:`.TiedGuest.write` again what they compute with. All ranks must call it.
@@ -199,16 +204,26 @@ class Exchange:
             modules: as for :meth:`copy_home`.
         """
         for unit, module in sorted(modules.items()):
-            home, *guests = self._holders[unit]
-            action, replica = Action(unit, UPDATE, 0), self._replicas[unit]
-            values = [tensor.clone() for tensor in _all_tensors(module)]
+            replica = self._replicas[unit]
             if isinstance(replica, TiedGuest):
-                incoming = [self._receive(value, home, WEIGHT_TAG) for value in values]
-                self._wait(incoming, action, home)
-                for message in incoming:
-                    replica.write(message.finish())
-            elif unit in self._homes:
-                self._send(action, values, guests, WEIGHT_TAG)
+                replica.write(*self.share(unit, _all_tensors(module)))
+            elif self._is_tied(unit):
+                self.share(unit, _all_tensors(module))
+
+    def share(self, unit: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Between two windows: at the home of a tied weight send ``tensors`` to its guests; on a guest receive them.
+
+        Returns:
+            The home's; ``tensors`` are as many of the same shapes and dtypes everywhere.
+        """
+        home, *guests = self._holders[unit]
+        action, copies = Action(unit, UPDATE, 0), [tensor.clone() for tensor in tensors]
+        if unit in self._homes:
+            self._send(action, copies, guests, WEIGHT_TAG)
+            return copies
+        incoming = [self._receive(copy, home, WEIGHT_TAG) for copy in copies]
+        self._wait(incoming, action, home)
+        return [message.finish() for message in incoming]
 
     def _receive_gradients(self, action: Action, to_add: Sequence[int]) -> None:
         stage = action.stage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,9 +38,16 @@ from .losses import WindowLosses
 from .random_streams import Generators, RandomStreams
 from .runnable import check_modules, check_runnable
 from .tied import Replicas, TiedGuest, tied_guests
+from .tied_state import OptimizerStates, take_from_home
 from .timeline import Timeline
 from .transport import Transport
 from .watch import PipelineStallError, Watch
+
+DIFFERENT_PARTS = (
+    "a weight that several stages share is kept in different parts by their optimizers, so that the state of all but "
+    "the first means nothing: this checkpoint can be resumed under the schedule that wrote it; under one that meets, "
+    "such as stock 1F1B, load it without the state of the optimizer"
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,7 @@ class Pipeline:
         replicas: Replicas,
         modules: Mapping[int, nn.Module],
         feedback: ErrorFeedback,
+        states: OptimizerStates,
     ) -> None:
         """Take over the stages on this rank; guests get the weights of their homes.
 
@@ -139,8 +148,9 @@ class Pipeline:
             replicas: those that other ranks hold too, home or guest, by stage; and the tied weights of this rank.
             modules: of the same, whose parameters and buffers come in one order on all ranks.
             feedback: of the stage that is at home here.
+            states: of the optimizer of that stage.
         """
-        self.feedback = feedback
+        self.feedback, self._states = feedback, states
         self.replicas, self._replicated = replicas, modules
         if self.schedule.reduces or self.schedule.tied:
             gradients = self._make_transport(gradient_links(self.schedule))
@@ -210,10 +220,15 @@ class Pipeline:
 
     def rest(self) -> None:
         """Between two windows, for a checkpoint: nothing is in flight, replicas have the buffers of their homes, which
-        a resumed run has everywhere, and this rank's own stage its plain iterate, until the next window."""
+        a resumed run has everywhere, and this rank's own stage its plain iterate, until the next window. Of tied
+        weights every optimizer keeps what that of the home does: elsewhere, each stage may step its own."""
         self.executor.quiesce()
         self.copy_home()
         self.put_plain()
+        if self.exchange is not None and self.schedule.tied:
+            tied = {unit: module for unit, module in self._replicated.items() if self.schedule.sharing.is_tied(unit)}
+            if not take_from_home(self.exchange, tied, self._states):
+                warnings.warn(DIFFERENT_PARTS, stacklevel=2)
 
     def put_plain(self) -> None:
         """Between two windows, for a checkpoint or an evaluation: let this rank's own stage hold its plain iterate, and

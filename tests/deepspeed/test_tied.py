@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from amdp_plugin.deepspeed.meeting import tied_parameters
+from amdp_plugin.deepspeed.tied_state import EngineStates
+from amdp_plugin.plan.schedules import make
 from tests.processes import run_ranks
+from tests.runtime.models import data
 
 from .jobs import Job, finish, stream
 from .test_oracle import BF16, LIMIT, NON_REENTRANT, REENTRANT, clip, clip_masters, squares
@@ -123,3 +128,53 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(schedule: Any, more: d
         assert one["losses"] == other["losses"]
         for stage, weights in one["weights"].items():
             assert all(map(torch.equal, weights.values(), other["weights"][stage].values()))
+
+
+def save_at_rest(rank: int, job: Job, folder: str) -> dict[str, Any]:
+    """What this rank's optimizer keeps for the words when a checkpoint has been written."""
+    engine = make_tied_engine(rank, job, dropout=False)
+    batches = stream(engine, job)
+    for _ in range(3):
+        engine.train_batch(batches)
+    engine.save_checkpoint(folder, tag="third")
+    (parameter,) = tied_parameters(engine.module)
+    kept = {} if parameter is None else EngineStates(engine).read(parameter).tensors
+    return {"stage": engine.stage_id, "kept": {name: value.clone() for name, value in kept.items()}}
+
+
+def go_on_as_stock(rank: int, job: Job, folder: str) -> dict[str, Any]:
+    engine = make_tied_engine(rank, job.stock, dropout=False)
+    engine.load_checkpoint(folder, tag="third")
+    batches = stream(engine, job, 3 * job.size)
+    return finish(engine, [float(engine.train_batch(batches)) for _ in range(4)])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("schedule", ["paci", {"name": "paci", **FEEDBACK}], ids=["", "error feedback"])
+@pytest.mark.parametrize("more", [{}, {**ZERO, "replicas": 2}, MASTERS], ids=["fp32", "ZeRO-1", "bf16"])
+def test_stock_goes_on_from_a_checkpoint(schedule: Any, more: dict[str, Any], optimizer: str, tmp_path: Path) -> None:
+    """Where every stage steps its own copy: both keep what the home's optimizer has made of it. The oracle goes on from
+    what it has, with a flush at every window."""
+    job = Job(schedule, 2, 1, optimizer=optimizer, alike=True, **more)
+    for first, last in _ends(run_ranks(job.world, save_at_rest, job, str(tmp_path))):
+        assert first["kept"].keys() == last["kept"].keys() and first["kept"]
+        assert all(torch.equal(value, last["kept"][name]) for name, value in first["kept"].items())
+    found = run_ranks(job.world, go_on_as_stock, job, str(tmp_path))
+    if schedule != "paci":
+        return  # the oracle computes on with what it looked ahead to
+    masters = torch.float32 if more is MASTERS else None
+    pipeline, _ = oracle_of_tied(job, (3,), dropout=False, master_dtype=masters)
+    pipeline.schedule = make("1f1b", 2, 1, tied=((0, 1),))
+    pipeline.used.clear()
+    losses = pipeline.train(itertools.islice(data(job.dtype), 3, None), 4)
+    for result in found:
+        assert result["losses"] == losses
+        module: Any = pipeline.stages[result["stage"]]
+        words = module[0].weight if result["stage"] == 0 else module.words.weight
+        assert torch.equal(result["weights"][result["stage"]]["tied_modules.words.weight"], words)
+
+
+def _ends(found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The two stages of every replica."""
+    by_stage = [[result for result in found if result["stage"] == stage] for stage in (0, 1)]
+    return list(zip(*by_stage, strict=True))

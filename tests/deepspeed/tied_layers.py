@@ -81,10 +81,12 @@ def train_tied(rank: int, job: Job, dropout: bool = True) -> dict[str, Any]:
 
 
 def oracle_of_tied(
-    job: Job, parts: tuple[int, ...], recomputed: bool = False, **options: Any
+    job: Job, parts: tuple[int, ...], recomputed: bool = False, dropout: bool = True, **options: Any
 ) -> tuple[SerialPipeline, list[float]]:
     """The oracle, trained for so many windows at a time, with nothing in flight between them."""
     inner = middles(job.stages, Recomputed if recomputed else Plain)
+    for layer in inner:
+        layer.dropout.p = 0.2 if dropout else 0.0
     front = RecomputedWords() if recomputed else Words()
     stages: list[Any] = [nn.Sequential(front, inner[0]), *inner[1:-1], Last(inner[-1])]
     stages = [stage.to(job.dtype) for stage in stages]

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from amdp_plugin.megatron.tied import tied_parameters
+from amdp_plugin.megatron.tied_state import MegatronStates
 from tests.processes import run_ranks
 
 from .jobs import DISTRIBUTED, DROPOUT, Job
 from .oracle import assert_equals_oracle, comparable, oracle
-from .test_checkpoints import load_and_go_on, save_and_go_on
+from .test_checkpoints import change_hands, load_and_go_on, save_and_go_on
 from .test_oracle import FEEDBACK, LIMIT, LOOSE
 from .test_stock import FULL, OVERLAP
 from .training import Trainer, assert_same, run
@@ -143,3 +145,57 @@ def test_resumed_run_equals_the_one_that_went_on(case: str, kind: str, tmp_path:
     job = RESUMED[case]
     written = run_ranks(job.world, save_and_go_on, job, tmp_path, kind)
     assert_same(run_ranks(job.world, load_and_go_on, job, tmp_path, kind, kind == "torch"), written)
+
+
+def kept_at_rest(rank: int, job: Job) -> dict[str, Any]:
+    """What this rank's optimizer keeps for the words, with nothing in flight."""
+    trainer = Trainer(rank, job)
+    trainer.train(3)
+    trainer.hook.quiesce()
+    (parameter,) = tied_parameters(trainer.chunk, trainer.stage, trainer.hook.schedule.tied)
+    assert parameter is not None
+    return {name: value.clone() for name, value in MegatronStates(trainer.optimizer).read(parameter).tensors.items()}
+
+
+KEPT = {
+    "fp32": Job("paci", 2, 1, tied=True),
+    "bf16": Job("paci", 2, 1, tied=True, bf16=True),
+    "distributed": Job("paci", 2, 1, data=2, tied=True, **DISTRIBUTED),
+    "distributed, bf16": Job("paci", 2, 1, data=2, tied=True, bf16=True, **DISTRIBUTED),
+    "error feedback, bf16": Job({"name": "paci", **FEEDBACK}, 2, 1, tied=True, bf16=True),
+    "tensor parallel": Job("paci", 2, 1, tensor=2, tied=True),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_at_rest_both_optimizers_keep_what_the_homes_does(case: str) -> None:
+    """Masters and moments, whole or in the same parts."""
+    job = KEPT[case]
+    found = run_ranks(job.world, kept_at_rest, job)
+    names = {"exp_avg", "exp_avg_sq", *(["param"] if job.bf16 or job.distributed_optimizer else [])}
+    for first, last in zip(found[: job.world // 2], found[job.world // 2 :], strict=True):
+        assert first.keys() == last.keys() == names
+        assert all(torch.equal(value, last[name]) and value.any() for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind", "more"),
+    [
+        ("paci", None, "torch", {}),
+        ("paci", None, "torch", {"bf16": True}),
+        ("paci", None, "torch_dist", {"bf16": True, "data": 2, **DISTRIBUTED}),
+        ({"name": "paci", **FEEDBACK}, None, "torch", {}),
+        (None, "paci", "torch", {}),
+        ("paci", "1f1b", "torch_dist", {}),
+    ],
+    ids=str,
+)
+def test_schedules_load_each_other(first: Any, second: Any, kind: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """Under stock each stage steps a copy of its own, which stay alike only where all that they go on from is."""
+    job = Job(first, 2, 2, clip=0.05, tied=True, **more)
+    found = run_ranks(job.world, change_hands, job, second, tmp_path, kind)
+    kept, loaded = zip(*found, strict=True)
+    assert_same(list(loaded), list(kept))
+    half = job.world // 2
+    for first_stage, last_stage in zip(loaded[:half], loaded[half:], strict=True):
+        assert torch.equal(first_stage["weights"][0][0], last_stage["weights"][1][-1])
