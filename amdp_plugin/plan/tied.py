@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
+from .devices import RECEIVE_BUFFERS
 from .laws import BOUNDS, ORDER, PLACES, WINDOWS, breach
 from .planner import Planner
 from .program import Program
@@ -151,7 +152,7 @@ def buffers(planner: Planner, rank: int, unit: int, windows: range) -> tuple[int
     what is computed with, at most."""
     home, *guests = planner.schedule.sharing.holders[unit]
     if rank == home:
-        return 1, min(len(guests), 1)
+        return 1, min(len(guests), RECEIVE_BUFFERS)
     values = sums = most_values = most_sums = 0
     for change in _changes(planner, rank, unit, windows.stop):
         values, sums = values + change[0], sums + change[1]

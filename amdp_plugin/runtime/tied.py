@@ -119,6 +119,8 @@ def make_tied(
             f"schedule {schedule.name!r} ties the stages {schedule.tied}; on rank {rank} that is {expected}, numbered "
             f"after the stages, and there are parameters for {sorted(given)}"
         )
+    if len(set(map(id, given.values()))) < len(given):
+        raise ValueError(f"one parameter of rank {rank} stands for several of the tied weights {sorted(given)}")
     frozen = [unit for unit, parameter in given.items() if not parameter.requires_grad]
     if frozen:
         raise ValueError(f"the tied weights {frozen} of the stages {schedule.tied} are not trained: build them untied")

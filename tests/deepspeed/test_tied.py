@@ -12,9 +12,11 @@ import torch
 
 from amdp_plugin.deepspeed.meeting import tied_parameters
 from amdp_plugin.deepspeed.tied_state import EngineStates
+from amdp_plugin.plan.planner import Planner
+from amdp_plugin.plan.report import report
 from amdp_plugin.plan.schedules import make
 from tests.processes import run_ranks
-from tests.runtime.models import data
+from tests.runtime.models import ROWS, WIDTH, data
 
 from .jobs import Job, finish, stream
 from .test_oracle import BF16, LIMIT, NON_REENTRANT, REENTRANT, clip, clip_masters, squares
@@ -59,6 +61,16 @@ def test_masters(masters: dict[str, Any], stages: int, size: int) -> None:
 def test_replicas_that_are_alike(more: dict[str, Any]) -> None:
     job = Job("paci", 2, 2, optimizer="adamw", replicas=2, alike=True, **more)
     check(job, master_dtype=torch.float32 if more is MASTERS else None)
+
+
+@pytest.mark.parametrize("more", [{}, ZERO, MASTERS], ids=["fp32", "ZeRO-1", "bf16"])
+def test_replicas_with_data_of_their_own(more: dict[str, Any]) -> None:
+    """Each pipeline sends its own sums, before they are reduced: all four ranks end with one value of the words."""
+    found = run_ranks(4, train_tied, Job("paci", 2, 2, optimizer="adamw", replicas=2, **more))
+    first, *others = (result["weights"][result["stage"]]["tied_modules.words.weight"] for result in found)
+    assert all(torch.equal(first, other) for other in others)
+    alike = run_ranks(2, train_tied, Job("paci", 2, 2, optimizer="adamw", **more))
+    assert found[0]["losses"][0] != alike[0]["losses"][0], "the mean of both"
 
 
 @pytest.mark.parametrize("more", [{}, MASTERS], ids=["fp32", "bf16"])
@@ -178,3 +190,74 @@ def _ends(found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, A
     """The two stages of every replica."""
     by_stage = [[result for result in found if result["stage"] == stage] for stage in (0, 1)]
     return list(zip(*by_stage, strict=True))
+
+
+def evaluate(rank: int, job: Job) -> dict[str, Any]:
+    """Between two windows, with values on their way to the last stage; then with nothing in flight."""
+    engine = make_tied_engine(rank, job)
+    batches, losses = stream(engine, job), []
+    losses += [float(engine.train_batch(batches)) for _ in range(3)]
+    seen = [float(engine.eval_batch(data(job.dtype))) for _ in range(2)]
+    losses += [float(engine.train_batch(batches)) for _ in range(2)]
+    return {**finish(engine, losses), "evaluated": seen}
+
+
+def evaluate_at_rest(rank: int, job: Job) -> float:
+    engine = make_tied_engine(rank, job)
+    batches = stream(engine, job)
+    for _ in range(3):
+        engine.train_batch(batches)
+    engine.executor.quiesce()
+    return float(engine.eval_batch(data(job.dtype)))
+
+
+@pytest.mark.parametrize("more", [{}, MASTERS], ids=["fp32", "bf16"])
+def test_an_evaluation_sees_one_weight_and_changes_nothing(more: dict[str, Any]) -> None:
+    job = Job("paci", 4, 1, optimizer="adamw", **more)
+    found = run_ranks(4, evaluate, job)
+    assert_equals_oracle(found, *oracle_of_tied(job, (5,), master_dtype=torch.float32 if more else None))
+    for result, loss in zip(found, run_ranks(4, evaluate_at_rest, job), strict=True):
+        assert result["evaluated"] == [loss, loss]
+
+
+def resize(rank: int, job: Job) -> dict[str, Any]:
+    """Windows of another size, in the middle of a job; more values are under way then."""
+    engine = make_tied_engine(rank, job)
+    batches, losses = stream(engine, job), []
+    losses += [float(engine.train_batch(batches)) for _ in range(3)]
+    engine.set_train_batch_size(ROWS)
+    losses += [float(engine.train_batch(batches)) for _ in range(5)]
+    return finish(engine, losses)
+
+
+def test_windows_of_another_size() -> None:
+    job = Job("paci", 3, 4, optimizer="adamw")
+    pipeline, losses = oracle_of_tied(job, ())
+    batches = data()
+    losses = pipeline.train(batches, 3)
+    pipeline.schedule = make("paci", 3, 1, tied=((0, 2),))
+    losses += pipeline.train(batches, 5)
+    found = run_ranks(3, resize, job)
+    for result in found:
+        assert result["losses"] == losses
+
+
+def measured(rank: int, job: Job) -> list[int]:
+    engine = make_tied_engine(rank, job)
+    batches = stream(engine, job)
+    counts = []
+    for _ in range(6):
+        engine.train_batch(batches)
+        counts.append(sum(tensor.numel() for tensor in engine.exchange_buffers()))
+    return counts
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 2), (4, 1), (4, 4)])
+def test_it_takes_the_memory_that_the_plan_says(stages: int, size: int) -> None:
+    """From the start on, in copies of the words."""
+    job = Job("paci", stages, size)
+    (planned,) = report(Planner(make("paci", stages, size, tied=((0, stages - 1),))), 1).tied
+    for stage, counts in enumerate(run_ranks(stages, measured, job)):
+        place = {0: 0, stages - 1: 1}.get(stage)
+        copies = 0 if place is None else planned.values[place] + planned.sums[place]
+        assert counts == [copies * WIDTH * WIDTH] * 6, f"stage {stage}"

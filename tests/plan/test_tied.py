@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -263,3 +264,10 @@ def test_buffers_are_enough() -> None:
         under_way += Counter({REDUCE: 1, UPDATE: -1})[action.kind] if action.stage == 6 else 0
         most = max(most, under_way)
     assert weight.sums[1] == most == 2
+
+
+def test_options_make_the_schedule_again() -> None:
+    """As a record of a run keeps them."""
+    schedule = tied(4, 4, (0, 3), (1, 2)).schedule
+    kept = json.loads(json.dumps(schedule.options))
+    assert schedules.make("paci", 4, 4, **kept) == schedule

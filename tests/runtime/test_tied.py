@@ -14,9 +14,10 @@ from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.tied import tied_versions
 from amdp_plugin.plan.versions import versions
 from amdp_plugin.runtime.serial import SerialPipeline
+from amdp_plugin.runtime.tied import make_tied
 from tests.processes import run_ranks
 
-from .models import WIDTH, data, shared
+from .models import OPTIMIZERS, WIDTH, data, shared
 from .pipelines import Case, assert_equals_oracle, make_executor, oracle_of_parts, result
 
 FEEDBACK = ("compensation", "error_feedback")
@@ -202,3 +203,20 @@ def _one(
             target = master["0.words" if name == "words" else f"{stage}.{name}"]
             target.grad = parameter.grad if target.grad is None else target.grad + parameter.grad
     return float(loss.detach())
+
+
+def test_what_cannot_be_shared() -> None:
+    schedule, layer = make("paci", 3, 3, tied=((0, 2), (1, 2))), nn.Linear(2, 2)
+    layer.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"on rank 2 that is \[3, 4\], .* parameters for \[3\]"):
+        make_tied(schedule, 2, [layer.weight, None])
+    with pytest.raises(ValueError, match=r"one parameter of rank 2 stands for several of the tied weights \[3, 4\]"):
+        make_tied(schedule, 2, [layer.weight, layer.weight])
+    with pytest.raises(ValueError, match=r"the tied weights \[4\] .* are not trained"):
+        make_tied(schedule, 2, [layer.weight, layer.bias])
+    stages = [nn.Linear(2, 2) for _ in range(3)]
+    pairs = [[(0, stages[0].weight), (2, stages[2].bias)], [(1, stages[1].weight), (2, stages[2].weight)]]
+    with pytest.raises(ValueError, match="a shared weight has one shape"):
+        SerialPipeline(stages, OPTIMIZERS["sgd"], mean_square, schedule, tied=pairs)
+    with pytest.raises(ValueError, match="got parameters of"):
+        SerialPipeline(stages, OPTIMIZERS["sgd"], mean_square, schedule)

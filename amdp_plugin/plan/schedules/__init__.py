@@ -7,7 +7,7 @@ through the entry-point group ``amdp_plugin.schedules``: the entry's name is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
@@ -107,7 +107,7 @@ def make(
     strength: float = 1.0,
     flush_first: int = 0,
     decisions: str = "auto",
-    tied: Tied = (),
+    tied: Sequence[Sequence[int]] = (),
     **chosen: Any,
 ) -> Schedule:
     """Schedule ``name`` for a pipeline of ``num_stages`` and windows of ``micro_batches``.
@@ -154,7 +154,7 @@ def make(
             )
         told.update(decisions=decisions)
     made = _told(made, told) if told else made
-    return _with_tied(made, tied) if tied else made
+    return _with_tied(made, tuple(map(tuple, tied))) if tied else made
 
 
 def _told(schedule: Schedule, told: Mapping[str, Any]) -> Schedule:
@@ -167,7 +167,7 @@ def _told(schedule: Schedule, told: Mapping[str, Any]) -> Schedule:
 def _with_tied(schedule: Schedule, tied: Tied) -> Schedule:
     """``schedule`` and its alternatives with tied weights; on smaller likes, which have other stages, none."""
     alternatives = tuple(_with_tied(each, tied) for each in schedule.alternatives)
-    return replace(schedule, tied=tied, alternatives=alternatives)
+    return replace(schedule, tied=tied, alternatives=alternatives, options={**schedule.options, "tied": tied})
 
 
 def _smaller(made: Callable[[int], Schedule], told: Mapping[str, Any], at_most: int) -> Schedule:
