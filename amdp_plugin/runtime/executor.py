@@ -165,13 +165,14 @@ class Executor:
 
     def execute(self, action: Action) -> None:
         """Do one action: receive what it needs, compute, send what others need."""
+        tied = self.schedule.sharing.is_tied(action.stage)
         # A step may ask the device for a norm, and such a question has no limit: it must not stand before a message.
-        self._watch.keep_pace(*((0,) if action.kind == UPDATE else ()))
+        self._watch.keep_pace(*((0,) if action.kind == UPDATE and not tied else ()))
         if action.kind == FORWARD:
             self._forward(action)
         elif action.kind == BACKWARD:
             self._backward(action)
-        elif action.kind == REDUCE or self.schedule.sharing.is_tied(action.stage):
+        elif action.kind == REDUCE or tied:
             assert self._exchange is not None
             (self._exchange.reduce if action.kind == REDUCE else self._exchange.pass_on)(action)
         else:
