@@ -7,20 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from torch import nn
 
+import amdp_plugin
 from amdp_plugin.deepspeed.meeting import tied_parameters
 from amdp_plugin.deepspeed.tied_state import EngineStates
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.report import report
 from amdp_plugin.plan.schedules import make
+from amdp_plugin.runtime.serial import SerialPipeline
 from tests.processes import run_ranks
-from tests.runtime.models import ROWS, WIDTH, data
+from tests.runtime.models import OPTIMIZERS, ROWS, WIDTH, Plain, data, loss
 
-from .jobs import Job, finish, stream
+from .jobs import Job, configuration, finish, stream
 from .test_oracle import BF16, LIMIT, NON_REENTRANT, REENTRANT, clip, clip_masters, squares
-from .tied_layers import assert_equals_oracle, make_tied_engine, oracle_of_tied, train_tied
+from .tied_layers import Last, Words, assert_equals_oracle, head, make_tied_engine, oracle_of_tied, train_tied
 
 FEEDBACK = {"compensation": "error_feedback"}
 MASTERS: dict[str, Any] = {"config": {**BF16, "communication_data_type": "fp32"}, "dtype": torch.bfloat16}
@@ -216,8 +221,8 @@ def test_an_evaluation_sees_one_weight_and_changes_nothing(more: dict[str, Any])
     job = Job("paci", 4, 1, optimizer="adamw", **more)
     found = run_ranks(4, evaluate, job)
     assert_equals_oracle(found, *oracle_of_tied(job, (5,), master_dtype=torch.float32 if more else None))
-    for result, loss in zip(found, run_ranks(4, evaluate_at_rest, job), strict=True):
-        assert result["evaluated"] == [loss, loss]
+    for result, seen in zip(found, run_ranks(4, evaluate_at_rest, job), strict=True):
+        assert result["evaluated"] == [seen, seen]
 
 
 def resize(rank: int, job: Job) -> dict[str, Any]:
@@ -261,3 +266,49 @@ def test_it_takes_the_memory_that_the_plan_says(stages: int, size: int) -> None:
         place = {0: 0, stages - 1: 1}.get(stage)
         copies = 0 if place is None else planned.values[place] + planned.sums[place]
         assert counts == [copies * WIDTH * WIDTH] * 6, f"stage {stage}"
+
+
+def pairs(stages: int, front: int, back: int) -> list[list[Any]]:
+    """Two layers a stage; the words in front of one, the head behind another."""
+    torch.manual_seed(5)
+    layers: list[list[Any]] = [[Plain(), Plain()] for _ in range(stages)]
+    layers[front][0], layers[back][1] = None, None
+    return layers
+
+
+def train_between(rank: int, job: Job, front: int, back: int) -> dict[str, Any]:
+    deepspeed.init_distributed("gloo")
+    layers = pairs(job.stages, front, back)
+    layers[front][0] = TiedLayerSpec("words", Words)
+    layers[back][1] = TiedLayerSpec("words", Words, forward_fn=head)
+    module = PipelineModule(
+        list(itertools.chain(*layers)), num_stages=job.stages, loss_fn=loss, partition_method="uniform"
+    )
+    optimizer = OPTIMIZERS[str(job.optimizer)](list(module.parameters()))
+    engine, *_ = amdp_plugin.initialize(model=module, config=configuration(job), optimizer=optimizer)
+    torch.manual_seed(100 + rank)
+    batches = stream(engine, job)
+    return finish(engine, [float(engine.train_batch(batches)) for _ in range(job.windows)])
+
+
+@pytest.mark.parametrize(("front", "back", "size"), [(1, 3, 4), (1, 2, 1), (0, 2, 3)])
+def test_stages_in_between(front: int, back: int, size: int) -> None:
+    """With a norm of what is known of all stages: that of the home is known when the guests' gradients are in."""
+    clipping = {"config": {"gradient_clipping": LIMIT}}
+    job = Job({"name": "paci", "decisions": "latest"}, 4, size, optimizer="adamw", **clipping)
+    found = run_ranks(4, train_between, job, front, back)
+    layers = pairs(4, front, back)
+    layers[front][0] = Words()
+    stages: list[Any] = [nn.Sequential(*part) if stage != back else Last(part[0]) for stage, part in enumerate(layers)]
+    schedule = make("paci", 4, size, decisions="latest", tied=((front, back),))
+    pipeline = SerialPipeline(
+        stages, OPTIMIZERS["adamw"], loss, schedule, seeds=[100 + stage for stage in range(4)],
+        tied=[[(front, stages[front][0].weight), (back, stages[back].words.weight)]], measure=squares, decide=clip,
+    )  # fmt: skip
+    losses = pipeline.train(data(), job.windows)
+    for result in found:
+        assert result["losses"] == losses
+        ours = result["weights"][result["stage"]]
+        words = ours.pop("tied_modules.words.weight", None)
+        if words is not None:
+            assert torch.equal(words, stages[front][0].weight) and torch.equal(words, stages[back].words.weight)
