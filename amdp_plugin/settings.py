@@ -12,6 +12,7 @@ from .plan import schedules
 from .plan.costs import CostModel
 from .plan.schedule import Schedule
 from .plan.schedules.options import COMMON, CommonOptions, read_value
+from .plan.sharing import Tied
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,29 @@ class Needs:
 
     Args:
         norm: a norm to clip by.
-        exact: what no stage can decide by what it knows already: a loss scale, or the gradient of a weight that several
-            stages hold.
+        exact: what no stage can decide by what it knows already: a loss scale.
+        tied: for every weight that several stages hold, those stages, ascending.
     """
 
     norm: bool = False
     exact: bool = False
+    tied: Tied = ()
 
     def decisions(self, schedule: Schedule) -> str:
         """How a free-running ``schedule`` decides where its user leaves that open: exactly, and in a meeting where
         decisions cannot be relayed, where nothing less will do; else without anybody waiting."""
+        if self.tied and schedule.reduces:
+            return "meeting"
         if self.exact and schedule.weights == "latest":
             return "relayed" if scales_with_windows(schedule) else "meeting"
         return "latest" if self.norm else "local"
+
+
+    def units(self, schedule: Schedule) -> Tied:
+        """The weights of :attr:`tied` that are units of their own under ``schedule``: all, where its stages update one
+        by one and each has its latest weights; where updates meet, the host sums their gradients."""
+        apart = schedule.placement.directions == 1 and schedule.weights == "latest" and not schedule.updates_meet
+        return self.tied if apart else ()
 
 
 NOTHING = Needs()
@@ -103,15 +114,20 @@ class ScheduleSettings(CommonOptions):
             ValueError: when the numbers make no schedule.
         """
         told = dict(compensation=self.compensation, strength=self.strength, flush_first=self.flush_first)
-        made = schedules.make(
-            self.name, num_stages, micro_batches, **told, decisions=self.decisions, **self.options  # type: ignore[arg-type]
-        )
-        if self.decisions != "auto" or made.updates_meet:
-            return made
-        decisions = needs.decisions(made)
-        if decisions == made.decisions:
-            return made
-        return schedules.make(self.name, num_stages, micro_batches, **told, decisions=decisions, **self.options)  # type: ignore[arg-type]
+        decisions: str = self.decisions
+        tied: Tied = ()
+
+        def make() -> Schedule:
+            return schedules.make(
+                self.name, num_stages, micro_batches, **told, decisions=decisions, tied=tied, **self.options  # type: ignore[arg-type]
+            )
+
+        made = make()
+        if self.decisions == "auto" and not made.updates_meet and needs.decisions(made) != made.decisions:
+            decisions = needs.decisions(made)
+            made = make()
+        tied = needs.units(made)
+        return make() if tied else made
 
 
 def read_schedule(section: Any, where: str) -> ScheduleSettings:

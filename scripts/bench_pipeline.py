@@ -27,7 +27,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from bench_layers import BATCH, HIDDEN, TINY, MatmulLayers, SleepLayer, layers_for, mean_square
-from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
@@ -56,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--last-stage", type=float, default=1.0, metavar="FACTOR", help="weight of the last stage (%(default)s)"
     )
+    parser.add_argument("--tied", action="store_true", help="let the first and the last stage share a weight")
     parser.add_argument(
         "--engines",
         nargs="+",
@@ -77,10 +78,18 @@ def parse_arguments() -> argparse.Namespace:
 def layer_specs(arguments: argparse.Namespace, layers_per_stage: int) -> list[LayerSpec]:
     """One a stage; all of equal weight, but for the last."""
     factors = [1.0] * (arguments.stages - 1) + [arguments.last_stage]
-    if arguments.compute == "real":
-        return [LayerSpec(MatmulLayers, round(layers_per_stage * factor)) for factor in factors]
+    real = arguments.compute == "real"
+
+    def spec(stage: int, *sizes: float) -> LayerSpec:
+        kind = MatmulLayers if real else SleepLayer
+        if arguments.tied and stage in (0, arguments.stages - 1):
+            return TiedLayerSpec("ends", kind, *sizes, tied_weight_attr="0.linear.weight" if real else "weight")
+        return LayerSpec(kind, *sizes)
+
+    if real:
+        return [spec(stage, round(layers_per_stage * factor)) for stage, factor in enumerate(factors)]
     seconds = [arguments.forward_milliseconds / 1e3 * factor for factor in factors]
-    return [LayerSpec(SleepLayer, forward, forward * arguments.backward_ratio) for forward in seconds]
+    return [spec(stage, forward, forward * arguments.backward_ratio) for stage, forward in enumerate(seconds)]
 
 
 def make_engine(name: str, arguments: argparse.Namespace, layers_per_stage: int) -> Any:

@@ -38,10 +38,6 @@ amdp_need_file VOCAB_FILE "a file of word pieces, one a line"
 data=(--data-path "${prefixes[@]}" --tokenizer-type "${TOKENIZER_TYPE:-BertWordPieceLowerCase}" --legacy-tokenizer
     --vocab-file "$VOCAB_FILE")
 
-[[ "$SCHEDULE" != paci || "$UNTIE_EMBEDDINGS" == 1 ]] ||
-    amdp_fail "paci: BERT ties its output layer to its embedding, which is on another stage, and under paci stages never" \
-        "meet to add the two gradients; use SCHEDULE=amdp, whose updates then meet, or 1f1b" \
-        "(UNTIE_EMBEDDINGS=1 trains another model, which paci can)"
 # pretrain_bert.py builds Transformer Engine's layers whatever --transformer-impl says.
 [[ "$LOCAL_LAYERS" != 1 ]] || model+=(--spec local)
 

@@ -56,10 +56,4 @@ else
     fi
 fi
 
-if [[ "$SCHEDULE" == paci && "$UNTIE_EMBEDDINGS" != 1 ]]; then
-    amdp_say "paci: the first and the last stage never meet, so they cannot share the embedding: it is untied." \
-        "Compare with the others under UNTIE_EMBEDDINGS=1" >&2
-    UNTIE_EMBEDDINGS=1
-fi
-
 amdp_pretrain pretrain_gpt.py "${model[@]}" "${data[@]}" "$@"

@@ -26,12 +26,13 @@ from ..settings import check_loss_scale
 from .checkpoint import AHEAD, MEANS, RANDOM_STATE, load_beside, save_beside
 from .config import read_settings
 from .feedback import error_feedback
-from .guests import build_replicas, layers, sum_dtype
+from .guests import build_replicas, sum_dtype
 from .instructions import RunAction, WindowSchedule
 from .losses import broken, summed
 from .meeting import StageGrid, clip_by_whole_norm, decided_by, groups_of, make_stage_local, needs
 from .random_state import GENERATORS
 from .sums import stage_squares
+from .tied_state import EngineStates
 from .worker import EngineWorker
 
 SHAPES_HINT = (
@@ -83,10 +84,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         costs = settings.costs(self.num_stages)
         self.pipeline = Pipeline(self._make_schedule(self.micro_batches), costs, self._site(), self._pull, GENERATORS)
         bound_collectives(groups_of(self.grid), settings.timeout_seconds)
-        self.guests, replicas = build_replicas(self, self.pipeline.schedule.placement)
-        modules = {self.stage_id: self.module, **self.guests}
-        held = {stage: layers(modules[stage]) for stage in replicas}
-        self.pipeline.hold(replicas, held, error_feedback(self, settings))
+        self.guests, replicas, held = build_replicas(self, self.pipeline.schedule)
+        self.pipeline.hold(replicas, held, error_feedback(self, settings), EngineStates(self))
         if self._loader is not None:
             super().set_dataloader(self._loader)  # again: now it is known who reads
         self._start()

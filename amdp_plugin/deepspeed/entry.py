@@ -92,7 +92,7 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
         refuse("a DualPipeVModule brings a schedule of its own; use a PipelineModule, or leave the key out")
     grid = model.mpu()
     check_topology(config["pipeline"], grid.model_parallel_size, settings)
-    tied, fp16 = tied_across_stages(model), enabled(config, "fp16")
+    fp16 = enabled(config, "fp16")
     clipping = config.get("gradient_clipping", 1.0)  # DeepSpeed's default
     size = _window(config, grid.data_parallel_size)
     schedule = settings.make(grid.pipe_parallel_size, size, needs(model, clipping, fp16))
@@ -110,11 +110,13 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
         )
     if schedule.updates_meet:
         return
-    if tied:
+    tied = dict.fromkeys(each.key for each in tied_across_stages(model))
+    if tied and not schedule.tied:
         refuse(
-            f"the tied layers {', '.join(tied)} live on several stages, whose gradients must meet at every "
-            "step; untie them (LayerSpec for TiedLayerSpec), keep them on one stage, or use a schedule whose updates "
-            'meet (amdp with "decisions": "meeting", or 1f1b)'
+            f"the tied layers {', '.join(tied)} live on several stages, whose gradients must meet at every step, or "
+            "travel in one direction between stages that have their latest weights; untie them (LayerSpec for "
+            "TiedLayerSpec), keep them on one stage, or use paci, or a schedule whose updates meet (amdp with "
+            '"decisions": "meeting", or 1f1b)'
         )
     if fp16:
         check_loss_scale(schedule, '"fp16"', '"bf16"')

@@ -15,20 +15,27 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.keep_in_fp32 import keep_in_fp32_pattern
 from torch import Tensor, nn
 
-from ..plan.placement import Placement
-from ..runtime.replica import GradientOf, Replica, gradient_of, make_replicas
+from ..plan.schedule import Schedule
+from ..runtime.replica import GradientOf, gradient_of, make_replicas
 from ..runtime.stage import Stage
+from ..runtime.tied import Replicas, make_tied
+from .meeting import tied_parameters
 from .random_state import GENERATORS
 
 
-def build_replicas(engine: Any, placement: Placement) -> tuple[dict[int, PipelineModule], dict[int, Replica]]:
-    """The guests that ``placement`` puts on the engine's rank, and its replicas (its home stage, if others hold it
-    too, and the guests); both by stage."""
-    home = engine.stage_id
+def build_replicas(engine: Any, schedule: Schedule) -> tuple[dict[int, PipelineModule], Replicas, dict[int, nn.Module]]:
+    """The guests that ``schedule`` puts on the engine's rank, by stage; its replicas (its home stage, if others hold it
+    too, the guests, and the weights that stages share), and what they hold."""
+    home, placement = engine.stage_id, schedule.placement
     guests = {stage: build_guest(engine, stage) for stage in placement.stages[home] if stage != home}
     modules = {stage: layers(module) for stage, module in {home: engine.module, **guests}.items()}
     gradient = home_gradient(engine.optimizer)
-    return guests, make_replicas(placement, home, modules, sum_dtype(engine.optimizer), gradient)
+    dtype = sum_dtype(engine.optimizer)
+    replicas = make_replicas(placement, home, modules, dtype, gradient)
+    held: dict[int, nn.Module] = {stage: modules[stage] for stage in replicas}
+    tied = tied_parameters(engine.module) if schedule.tied else []
+    shared, parameters = make_tied(schedule, home, tied, dtype, gradient)
+    return guests, {**replicas, **shared}, {**held, **parameters}
 
 
 def layers(module: PipelineModule) -> nn.ModuleList:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -19,16 +19,39 @@ from .sums import squares_of
 
 def needs(model: PipelineModule, clipping: float, fp16: bool) -> Needs:
     """What the job wants all stages to decide at every update."""
-    return Needs(norm=clipping > 0, exact=bool(fp16 or tied_across_stages(model)))
+    return Needs(norm=clipping > 0, exact=bool(fp16), tied=tuple(each.stages for each in tied_across_stages(model)))
 
 
-def tied_across_stages(model: PipelineModule) -> list[str]:
-    """Keys of tied layers that several stages hold; the same answer on every rank."""
+class TiedAttribute(NamedTuple):
+    """A weight of the tied layers with ``key`` that several ``stages`` hold; ``name`` is that within the layer."""
+
+    key: str
+    name: str
+    stages: tuple[int, ...]
+
+
+def tied_across_stages(model: PipelineModule) -> list[TiedAttribute]:
+    """The weights that several stages hold; the same answer on every rank."""
     stages: dict[str, set[int]] = {}
+    names: dict[str, Sequence[str]] = {}
     for index, spec in enumerate(model._layer_specs):
         if isinstance(spec, TiedLayerSpec):
             stages.setdefault(spec.key, set()).add(model.stage_owner(index))
-    return sorted(key for key, owners in stages.items() if len(owners) > 1)
+            names.setdefault(spec.key, spec.tied_weight_attr)
+    return [
+        TiedAttribute(key, name, tuple(sorted(owners)))
+        for key, owners in sorted(stages.items())
+        if len(owners) > 1
+        for name in names[key]
+    ]
+
+
+def tied_parameters(model: PipelineModule) -> list[nn.Parameter | None]:
+    """Of the stage here, the parameter of every weight that several stages hold; ``None`` where it has no part."""
+    return [
+        model._recursive_getattr(model.tied_modules[each.key], each.name) if model.stage_id in each.stages else None
+        for each in tied_across_stages(model)
+    ]
 
 
 class StageGrid:

@@ -1,4 +1,4 @@
-"""What a rank does when the executor says so (``runtime.executor.Worker``), on the stages of a DeepSpeed engine.
+"""What a rank does when the executor says so (``runtime.work.Worker``), on the stages of a DeepSpeed engine.
 
 On the home stage every method hands the work to the instruction of ``PipelineEngine`` that does it in stock
 schedules, so that timers, activation checkpointing, bf16 and ZeRO-1 go on as they are.
@@ -148,13 +148,14 @@ class EngineWorker(StagesWorker):
 
     def _reduce(self) -> None:
         """Over data-parallel replicas."""
-        self._engine._exec_reduce_tied_grads()
+        if not self.schedule.tied:  # those have come, or gone, in messages of their own
+            self._engine._exec_reduce_tied_grads()
         self._engine._exec_reduce_grads()
 
     def update(self, action: Action) -> None:
-        feedback = self._engine.pipeline.feedback
+        stepping = self._engine.pipeline.feedback.stepping(self.runs_freely(action))
         parked = self._parking.oldest() if self.relayed else nullcontext()
-        with parked, live_update(self._engine.module.parameters()), feedback.stepping(self.runs_freely(action)):
+        with parked, live_update(self._engine.module.parameters()), self.keeping_tied(), stepping:
             if not self.relayed:
                 self._reduce()
             with self._engine.deciding(action):

@@ -11,6 +11,7 @@ from ..plan import schedules
 from ..runtime.runnable import check_homes, check_runnable
 from ..settings import Needs, ScheduleSettings, read_schedule
 from .refusals import check_common_decisions, check_options
+from .tied import tied_embedding
 
 STOCK = "stock"
 FLAG, OPTIONS_FLAG = "--pipeline-schedule", "--pipeline-schedule-options"
@@ -57,7 +58,7 @@ def check_arguments(arguments: Namespace, settings: ScheduleSettings) -> list[st
     """
     stages = arguments.pipeline_model_parallel_size
     tied = stages > 1 and not getattr(arguments, "untie_embeddings_and_output_weights", True)
-    needs = Needs(norm=arguments.clip_grad > 0, exact=arguments.fp16 or tied)
+    needs = Needs(norm=arguments.clip_grad > 0, exact=arguments.fp16, tied=tied_embedding(stages, tied))
     schedule = settings.make(stages, _micro_batches(arguments), needs)
     settings.costs(stages)
     check_runnable(schedule)

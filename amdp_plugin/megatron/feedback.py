@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from ..runtime.feedback import ErrorFeedback
-from .guests import bare
 from .optimizer import is_distributed, members
+from .stage_view import bare
 
 
 def error_feedback(optimizer: Any, chunk: nn.Module) -> ErrorFeedback:

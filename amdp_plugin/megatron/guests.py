@@ -16,18 +16,14 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from ..plan.placement import Placement
-from ..runtime.replica import Replica, make_replicas
+from ..plan.schedule import Schedule
+from ..runtime.replica import make_replicas
+from ..runtime.tied import Replicas, make_tied
 from .random_state import GENERATORS
-from .stage_view import StageGroup, accepted, acting_as, building_with
+from .stage_view import StageGroup, accepted, acting_as, bare, building_with
+from .tied import tied_parameters
 
 ModelProvider = Callable[..., nn.Module]
-
-
-def bare(chunk: nn.Module) -> nn.Module:
-    """The model itself, without DDP and without the module that casts."""
-    while isinstance(module := getattr(chunk, "module", None), nn.Module):
-        chunk = module
-    return chunk
 
 
 def build_guests(
@@ -58,11 +54,14 @@ def build_guests(
 
 
 def build_replicas(
-    home: nn.Module, rank: int, guests: Mapping[int, nn.Module], placement: Placement
-) -> dict[int, Replica]:
-    """The stages on ``rank`` that others hold too."""
+    home: nn.Module, rank: int, guests: Mapping[int, nn.Module], schedule: Schedule
+) -> tuple[Replicas, dict[int, nn.Module]]:
+    """The stages on ``rank`` that others hold too, and the embedding where it is tied; and what they hold."""
     modules = {stage: bare(chunk) for stage, chunk in {rank: home, **guests}.items()}
-    return make_replicas(placement, rank, modules, sum_dtype(home), _main_gradient)
+    replicas = make_replicas(schedule.placement, rank, modules, sum_dtype(home), _main_gradient)
+    tied = tied_parameters(home, rank, schedule.tied)
+    shared, parameters = make_tied(schedule, rank, tied, sum_dtype(home), _main_gradient)
+    return {**replicas, **shared}, {**{stage: modules[stage] for stage in replicas}, **parameters}
 
 
 def sum_dtype(home: nn.Module) -> torch.dtype:

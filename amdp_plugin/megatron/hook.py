@@ -19,11 +19,13 @@ from ..runtime.pipeline import Pipeline, Site
 from ..runtime.runnable import check_homes, check_runnable
 from ..settings import Needs, ScheduleSettings
 from .feedback import error_feedback
-from .guests import ModelProvider, bare, build_guests, build_replicas, sum_dtype
+from .guests import ModelProvider, build_guests, build_replicas, sum_dtype
 from .losses import WindowReports
 from .optimizer import OptimizerSteps, stage_local
 from .random_state import GENERATORS
 from .refusals import check_common_decisions, check_options
+from .tied import is_tied, tied_embedding
+from .tied_state import MegatronStates
 from .worker import Call, ChunksWorker
 
 stock_forward_backward_func = schedules.get_forward_backward_func
@@ -99,7 +101,7 @@ class ScheduledForwardBackward:
         self._group = parallel_state.get_pipeline_model_parallel_group()
         self._num_stages, self._rank = self._group.size(), self._group.rank()
         self._clipping, self._fp16 = float(optimizer.config.clip_grad), bool(self._config.fp16)
-        self._tied = self._num_stages > 1 and bool(getattr(bare(self._chunk), "share_embeddings_and_output_weights", 0))
+        self._tied = self._num_stages > 1 and is_tied(self._chunk)
         self._iteration, self._resumed_states = iteration, random_states
         self._resumed_ahead, self._resumed_means = ahead, means
         if num_microbatches is not None:
@@ -227,12 +229,11 @@ class ScheduledForwardBackward:
         costs, everywhere = self.settings.costs(self._num_stages), lambda micro_batch: True
         self.pipeline = Pipeline(self.schedule, costs, self._site(), self._pull, GENERATORS, everywhere)
         bound_collectives(_groups(self._group), self.settings.timeout_seconds)
-        placement = self.pipeline.schedule.placement
-        self.guests = build_guests(self._provider, self._chunk, self._rank, placement)
-        replicas = build_replicas(self._chunk, self._rank, self.guests, placement)
-        chunks = {self._rank: self._chunk, **self.guests}
-        held = {stage: bare(chunks[stage]) for stage in replicas}
-        self.pipeline.hold(replicas, held, error_feedback(self._optimizer, self._chunk))
+        schedule = self.pipeline.schedule
+        self.guests = build_guests(self._provider, self._chunk, self._rank, schedule.placement)
+        replicas, held = build_replicas(self._chunk, self._rank, self.guests, schedule)
+        feedback, states = error_feedback(self._optimizer, self._chunk), MegatronStates(self._optimizer)
+        self.pipeline.hold(replicas, held, feedback, states)
         if not self.updates_meet:
             self._taken.enter_context(stage_local(self._optimizer))
         if not self.schedule.flush:
@@ -267,7 +268,8 @@ class ScheduledForwardBackward:
             print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)
 
     def _make_schedule(self, micro_batches: int) -> Schedule:
-        needs = Needs(norm=self._clipping > 0, exact=self._fp16 or self._tied)
+        tied = tied_embedding(self._num_stages, self._tied)
+        needs = Needs(norm=self._clipping > 0, exact=self._fp16, tied=tied)
         return self.settings.make(self._num_stages, micro_batches, needs)
 
     def _check(self, schedule: Schedule) -> Schedule:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..compare.memory import held
 from ..compare.recording import Memory
 from ..runtime.replica import Guest
-from .guests import bare
 from .hook import ScheduledForwardBackward, only
 from .optimizer import members
+from .stage_view import bare
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..runtime.decisions import Answers, answering
 from ..runtime.parking import BufferSums, Parking
 from .stage_view import accepted
+from .tied import apart
 
 StepResult = tuple[bool, float | None, int | None]
 """(whether the update was made, norm of the gradients, zeros among them), as Megatron's ``optimizer.step`` returns."""
@@ -163,15 +164,18 @@ def is_distributed(optimizer: Any) -> bool:
     return bool(getattr(optimizer.config, "use_distributed_optimizer", False))
 
 
-def reduce_gradients(config: Any, chunk: Any, within_backward: bool, **given: Any) -> None:
+def reduce_gradients(config: Any, chunk: Any, within_backward: bool, tied_apart: bool, **given: Any) -> None:
     """What Megatron does with a window's gradients before the step: over data-parallel replicas, layer norms over
     tensor-parallel ranks, tied embeddings between the first and the last stage.
 
     Args:
         within_backward: reductions that overlap with a backward have begun in that of the window's last micro-batch.
+        tied_apart: those of tied embeddings are in messages of their own.
         given: ``pg_collection`` and ``force_all_reduce`` of the call.
     """
     if not within_backward and chunk.ddp_config.overlap_grad_reduce:
         chunk.start_grad_sync()
-    if config.finalize_model_grads_func is not None:
+    if config.finalize_model_grads_func is None:
+        return
+    with apart(chunk) if tied_apart else nullcontext():
         config.finalize_model_grads_func([chunk], None, **accepted(config.finalize_model_grads_func, **given))

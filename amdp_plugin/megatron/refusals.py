@@ -137,7 +137,8 @@ def check_options(settings: ScheduleSettings, schedule: Schedule, sources: Itera
 
 
 def check_common_decisions(settings: ScheduleSettings, schedule: Schedule, tied: bool, fp16: bool) -> None:
-    """Refuse what needs one decision of all stages at every update, where they do not meet.
+    """Refuse what needs one decision of all stages at every update, where they do not meet; a tied embedding also where
+    it is no unit of its own.
 
     Args:
         tied: whether the first and the last stage share the embedding.
@@ -149,12 +150,13 @@ def check_common_decisions(settings: ScheduleSettings, schedule: Schedule, tied:
     if schedule.updates_meet:
         return
     meets = "a schedule whose updates meet (amdp with decisions in a meeting, 1f1b, chimera)"
-    if tied:
+    if tied and not schedule.tied:
         refuse(
             settings.name,
             "tied embeddings",
-            "the first and the last stage share a weight, whose gradients must meet at every step",
-            f"use --untie-embeddings-and-output-weights, or {meets}",
+            "the first and the last stage share a weight, whose gradients must meet at every step, or travel in one "
+            "direction between stages that have their latest weights",
+            f"use --untie-embeddings-and-output-weights, paci, or {meets}",
         )
     if fp16:
         check_loss_scale(schedule, "--fp16", "--bf16")

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
 
 
 @contextmanager
@@ -56,6 +57,13 @@ class StageGroup:
 
     def size(self) -> int:
         return self._num_stages
+
+
+def bare(chunk: nn.Module) -> nn.Module:
+    """The model itself, without DDP and without the module that casts."""
+    while isinstance(module := getattr(chunk, "module", None), nn.Module):
+        chunk = module
+    return chunk
 
 
 def accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:

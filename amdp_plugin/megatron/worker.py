@@ -1,4 +1,4 @@
-"""What a rank does when the executor says so (``runtime.executor.Worker``), on chunks of a Megatron model.
+"""What a rank does when the executor says so (``runtime.work.Worker``), on chunks of a Megatron model.
 
 Forwards, backwards and steps are Megatron's own (``forward_step``, ``backward_step``, its optimizer), so that timers,
 recomputation, tensor and sequence parallelism, bf16 and the distributed optimizer go on as they are.
@@ -26,9 +26,8 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.stage import input_leaf
 from ..runtime.weights import live_update
 from ..runtime.worker import StagesWorker
-from .guests import bare
 from .optimizer import OptimizerSteps, reduce_gradients
-from .stage_view import accepted, acting_as
+from .stage_view import accepted, acting_as, bare
 
 
 @dataclass
@@ -163,8 +162,8 @@ class ChunksWorker(StagesWorker):
         return self._steps.parking.tensors()
 
     def update(self, action: Action) -> None:
-        home, deciding = self._chunks[self._home], self._deciding(action)
-        with live_update(home.parameters()), self._feedback.stepping(self.runs_freely(action)):
+        deciding, stepping = self._deciding(action), self._feedback.stepping(self.runs_freely(action))
+        with live_update(self._chunks[self._home].parameters()), self.keeping_tied(), stepping:
             if self.relayed:
                 self._steps.run_closed(deciding)
             else:
@@ -172,8 +171,8 @@ class ChunksWorker(StagesWorker):
 
     def _reduction(self) -> Callable[[], None]:
         """Of a window's gradients, over the replicas of the job."""
-        within = not (self.replicas or self.relayed)
-        return partial(reduce_gradients, self._config, self._chunks[self._home], within, **self._call().reduction)
+        kinds = not (self.replicas or self.relayed), bool(self.schedule.tied)
+        return partial(reduce_gradients, self._config, self._chunks[self._home], *kinds, **self._call().reduction)
 
     def _deciding(self, update: Action) -> AbstractContextManager[Any]:
         """This update goes by the norm, and the overflow, that the schedule's decisions say."""
@@ -187,9 +186,9 @@ class ChunksWorker(StagesWorker):
 
     def _synchronization(self, action: Action) -> Any:
         """Reductions over data-parallel replicas may begin within a window's last backward, where the job overlaps
-        them, and neither gradients of guests are still to come nor what is reduced is put aside."""
-        size = self.schedule.micro_batches
-        last = self.directions == 1 and not self.relayed and action.index % size == size - 1
+        them, and neither gradients of guests are still to come, or to go, nor what is reduced is put aside."""
+        size, apart = self.schedule.micro_batches, self.replicas or self.relayed
+        last = self.directions == 1 and not apart and action.index % size == size - 1
         if action.stage != self._home or last or self._config.no_sync_func is None:
             return nullcontext()
         return self._config.no_sync_func()

@@ -51,6 +51,9 @@ def plan(
     decisions: Annotated[
         str, typer.Option(help="How stages decide what concerns all: auto, local, latest, relayed or meeting.")
     ] = "auto",
+    tied: Annotated[
+        list[str] | None, typer.Option(help="Stages that share a weight, as in 0,3 (for a further weight, again).")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(help="An option of the schedule, as key=value.")] = None,
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.text,
     out: Annotated[Path | None, typer.Option(help="File to write to, instead of standard output.")] = None,
@@ -64,7 +67,7 @@ def plan(
         raise ValueError(f"--link-cost is at least 0, got {link_cost}")
     chosen = schedules.make(
         schedule, stages, micro_batches, compensation=compensation, strength=strength, flush_first=flush_first,
-        decisions=decisions, **_read_options(schedule, option or ()),
+        decisions=decisions, tied=tuple(map(_read_stages, tied or ())), **_read_options(schedule, option or ()),
     )  # fmt: skip
     costs = CostModel.relative(
         stages, backward_ratio=backward_ratio, link_cost=link_cost, stage_costs=_read_costs(stage_costs or "")
@@ -80,6 +83,13 @@ def _read_costs(text: str) -> list[float]:
         return [float(cost) for cost in text.split(",")] if text else []
     except ValueError:
         raise ValueError(f"--stage-costs wants numbers, as in 1,1,1,1.5, got {text!r}") from None
+
+
+def _read_stages(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(stage) for stage in text.split(","))
+    except ValueError:
+        raise ValueError(f"--tied wants numbers of stages, as in 0,3, got {text!r}") from None
 
 
 def _read_options(schedule: str, settings: Sequence[str]) -> dict[str, Any]:

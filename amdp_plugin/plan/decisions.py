@@ -68,7 +68,8 @@ def check_decisions(program: Program, ago: WindowsAgo) -> None:
         )
 
     def sums(rank: int, action: Action) -> Iterator[Place]:
-        if action.kind == UPDATE and rank == schedule.placement.home(action.stage):
+        tied = schedule.sharing.is_tied(action.stage)
+        if action.kind == UPDATE and not tied and rank == schedule.placement.home(action.stage):
             for other, window in sums_of(ago, action):
                 if window >= 0:
                     yield from schedule.gathered(other, window)
@@ -77,7 +78,7 @@ def check_decisions(program: Program, ago: WindowsAgo) -> None:
         deque(play(program, sums), maxlen=0)
     except Stuck as stuck:
         updates = {rank: blocked for rank, blocked in stuck.blocked.items() if blocked[1].kind == UPDATE}
-        rank, (position, _, (owner, missing)) = min(updates.items())
+        rank, (position, _, (owner, missing)) = min((updates or stuck.blocked).items())
         what = f"a sum that it takes needs {missing} of rank {owner}, and others wait for it meanwhile"
         raise breach(program, rank, position, PROGRESS, what) from None
 
@@ -95,9 +96,8 @@ def _known_at_updates(program: Program) -> Iterator[tuple[Action, tuple[int, ...
         for place in schedule.dependencies(rank, action):
             if place[0] != rank:
                 known[rank] = _later(known[rank], sent[place])
-        if rank == homes[stage]:
-            if kind == UPDATE:
-                yield action, known[rank]
+        if not schedule.sharing.is_tied(stage) and rank == homes[stage]:
+            # What the guests of a tied weight have summed up has set out before the last backward at its home.
             complete = kind == REDUCE
             if kind == BACKWARD and alone[stage]:
                 backwards[stage] += 1
@@ -105,6 +105,8 @@ def _known_at_updates(program: Program) -> Iterator[tuple[Action, tuple[int, ...
                 index = backwards[stage] // schedule.micro_batches - 1
             if complete:
                 known[rank] = (*known[rank][:stage], index, *known[rank][stage + 1 :])
+            if kind == UPDATE:
+                yield action, known[rank]
         sent[rank, action] = known[rank]
 
 

@@ -97,7 +97,7 @@ def gradient_buffers(planner: Planner) -> int:
     count = min(after + 1, first + PROVEN_WINDOWS)
     windows = [planner.window(index) for index in range(count)]
     posted = [[planner.postings(index, rank) for rank in range(schedule.num_ranks)] for index in range(count)]
-    most = max(len(holders) - 1 for holders in schedule.placement.holders)
+    most = max(len(holders) - 1 for holders in schedule.sharing.holders)
     for buffers in range(1, max(2, most + 1)):
         try:
             for device in DEVICES:
@@ -144,7 +144,7 @@ class _Host:
         self.computed: tuple[Operation, ...] = ()
         self.arriving: dict[Action, Operation] = {}
         """Activations and gradients of micro-batches that are being received."""
-        self.free = dict.fromkeys(range(schedule.num_stages), buffers)
+        self.free = dict.fromkeys(range(len(schedule.sharing.holders)), buffers)
         self.begun: defaultdict[int, dict[int, Operation]] = defaultdict(dict)
         self.receiving: defaultdict[int, dict[int, Operation]] = defaultdict(dict)
         """Of every stage at home, by guest, the gradients that may be received, and those that are."""
@@ -161,7 +161,7 @@ class _Host:
             receive, stage = Operation(self.rank, message), message.action.stage
             if message.action.kind == REDUCE:
                 self.begun[stage][message.sender] = receive
-                self._receive_gradients(stage, self.schedule.placement.holders[stage][1:])
+                self._receive_gradients(stage, self.schedule.sharing.holders[stage][1:])
             else:
                 self.arriving[message.action] = receive
                 self._communicate(receive)
@@ -169,18 +169,20 @@ class _Host:
 
     def _run(self, action: Action) -> None:
         stage, kind, _ = action
-        at_home = self.rank == self.schedule.placement.home(stage)
+        home, *guests = self.schedule.sharing.holders[stage]
+        at_home = self.rank == home
         if kind in (FORWARD, BACKWARD):
             arrived = [self.arriving.pop(action)] if action in self.arriving else []
             self._compute(action, *arrived, *self.unsettled.pop(stage, ()))
         elif kind == REDUCE and at_home:
-            guests = self.schedule.placement.holders[stage][1:]
             for added, guest in enumerate(guests, start=1):
                 self._compute(action, self.receiving[stage].pop(guest))
                 self.free[stage] += 1
                 self._receive_gradients(stage, guests[added:])
         elif kind == UPDATE and at_home:
             self._compute(action, *self.sent.pop((stage, UPDATE), ()))  # which read what it overwrites
+        elif kind == UPDATE and self.schedule.sharing.is_tied(stage):
+            self._compute(action, self.arriving.pop(action), self.sent[stage, REDUCE].pop(0))
         elif kind == UPDATE:
             self.unsettled[stage] = [self.arriving.pop(action), *self.sent.pop((stage, REDUCE), ())]
         for message in messages(self.schedule, self.rank, action):

@@ -10,66 +10,18 @@ from collections import deque
 
 from .action import BACKWARD, FORWARD, KINDS, REDUCE, UPDATE, Action
 from .costs import CostModel, ticks
+from .holding import Holding
+from .lane import Lane, Message
 from .laws import PROGRESS, ProgramError, breach
 from .priorities import Priority
 from .program import Program, Row
 from .schedule import Schedule
+from .tied_holding import TiedHolding
 
 Window = tuple[Row, ...]
-Message = tuple[int, int]
-"""(nanosecond of its arrival, window in which its sender sent it: the receiver uses it in no earlier one)"""
 
 WAITING = 1 << 62
 """When a rank falls free that waits in a meeting."""
-
-
-class Holding:
-    """A stage on one of the ranks that hold it: how far its windows have come."""
-
-    def __init__(self, schedule: Schedule, rank: int, stage: int) -> None:
-        self.rank, self.stage = rank, stage
-        self.home, *self.guests = schedule.placement.holders[stage]
-        self.per_window = schedule.backwards_per_window(rank, stage)
-        self.delay = schedule.update_delay[stage]
-        self.late = schedule.windows_late(rank, stage)
-        self.backwards = self.reductions = self.updates = 0
-
-    @property
-    def completed(self) -> int:
-        """Windows of which it has run all backwards."""
-        return self.backwards // self.per_window
-
-    @property
-    def next(self) -> Action:
-        """The reduction or update that is next."""
-        kind = REDUCE if self.guests and self.reductions == self.updates else UPDATE
-        return Action(self.stage, kind, self.updates)
-
-    @property
-    def gathered(self) -> int:
-        """On a home, windows whose whole gradient it has."""
-        return self.reductions if self.guests else self.completed
-
-    def state(self, window: int) -> tuple[int, ...]:
-        reductions = self.reductions - window if self.guests else 0
-        return self.backwards - window * self.per_window, reductions, self.updates - window
-
-
-class Lane:
-    """One direction's stage on its rank: its micro-batches so far, and the messages that wait or are under way."""
-
-    def __init__(self, direction: int, holding: Holding, in_flight: int) -> None:
-        self.direction, self.holding, self.stage, self.in_flight = direction, holding, holding.stage, in_flight
-        self.forwards = self.backwards = 0
-        self.freed_at = 0
-        """On a first stage, when its latest backward made room for a forward (nanoseconds)."""
-        self.forward_arrivals: deque[Message] = deque()
-        self.backward_arrivals: deque[Message] = deque()
-
-    def state(self, window: int, done: int, now: int) -> tuple[object, ...]:
-        waiting = (self.forward_arrivals, self.backward_arrivals)
-        messages = (tuple((time - now, sent - window) for time, sent in arrivals) for arrivals in waiting)
-        return self.forwards - done, self.backwards - done, self.freed_at and self.freed_at - now, *messages
 
 
 class ListScheduler:
@@ -93,6 +45,14 @@ class ListScheduler:
         self.holdings = [
             {stage: Holding(schedule, rank, stage) for stage in schedule.placement.stages[rank]} for rank in ranks
         ]
+        self.units: list[dict[int, Holding | TiedHolding]] = [
+            {
+                unit: held.get(unit) or TiedHolding(schedule, unit, held[schedule.sharing.stage_on(rank, unit)])
+                for unit in schedule.sharing.units[rank]
+            }
+            for rank, held in enumerate(self.holdings)
+        ]
+        """For every rank, the stages and the tied weights that it holds."""
         self.lanes = [
             [Lane(direction, self.holdings[rank][stage], schedule.in_flight[stage]) for stage, rank in enumerate(row)]
             for direction, row in enumerate(schedule.placement.ranks)
@@ -104,7 +64,7 @@ class ListScheduler:
         """Ranks that have not closed the window that is run."""
         self.closed = [0 for _ in ranks]
         self.free_at = [0 for _ in ranks]
-        self.unfinished: list[list[Holding]] = [[] for _ in ranks]
+        self.unfinished: list[list[Holding | TiedHolding]] = [[] for _ in ranks]
         """For every rank, what has all backwards of a window and not yet its update, in the order of that."""
         self.mail: list[dict[int, deque[tuple[Action, Message]]]] = [{} for _ in ranks]
         """For every rank, by sender, the reductions and updates that wait or are under way, in the order of sending."""
@@ -157,7 +117,7 @@ class ListScheduler:
             tuple(max(0, time - now) for time in self.free_at),
             tuple(closed - window for closed in self.closed),
             tuple(lane.state(window, done, now) for row in self.lanes for lane in row),
-            tuple(holding.state(window) for holdings in self.holdings for holding in holdings.values()),
+            tuple(holding.state(window) for held in self.units for holding in held.values()),
             tuple(tuple(action.shifted(-window, micro_batches) for action in row) for row in self.rows),
             tuple(tuple(holding.stage for holding in holdings) for holdings in self.unfinished),
             tuple(self._mail_state(boxes, window) for boxes in self.mail),
@@ -193,8 +153,11 @@ class ListScheduler:
         due = [holding.next for holding in self.unfinished[rank] if self._is_due(holding)]
         return min(due, key=lambda action: action.kind == UPDATE, default=None)
 
-    def _is_due(self, holding: Holding) -> bool:
+    def _is_due(self, holding: Holding | TiedHolding) -> bool:
         """Whether the next reduction or update may start: in the window that it belongs to, and with all it needs."""
+        if isinstance(holding, TiedHolding):
+            action = holding.next
+            return holding.is_due(lambda sender: self._has_come(holding.rank, sender, action))
         rank, action, held = holding.rank, holding.next, self.holdings[holding.rank].values()
         # Window by window, so that what a rank needs to close its window is not behind what is later's.
         if self.closed[rank] < action.index or any(other.updates < action.index for other in held):
@@ -209,7 +172,7 @@ class ListScheduler:
             return all(self._has_come(rank, guest, action) for guest in holding.guests)
         if self.schedule.decisions == "relayed" and not self._is_brought(rank, action):
             return False
-        return not self._opens_meeting(rank, action) or self._may_meet()
+        return holding.gathered > action.index and (not self._opens_meeting(rank, action) or self._may_meet())
 
     def _is_brought(self, rank: int, update: Action) -> bool:
         """Whether the forward could start, but for ``update``, that brings the decision on it."""
@@ -253,7 +216,7 @@ class ListScheduler:
                 if time <= now and sent <= closed and micro_batch // size <= holding.completed:
                     ready.append((Action(lane.stage, BACKWARD, micro_batch), time))
             forward = self._next_forward(rank, lane)
-            if forward and holding.updates >= self.schedule.updates_before(forward[0].index):
+            if forward and holding.applied >= self.schedule.updates_before(forward[0].index):
                 ready.append(forward)
         return ready
 
@@ -297,7 +260,7 @@ class ListScheduler:
             self._reduce(rank, action, finish)
         else:
             self._update(rank, action, finish)
-        self._close(rank, self.holdings[rank][action.stage])
+        self._close(rank, self.units[rank][action.stage])
         if self.homes:
             self._look_for_meeting()
 
@@ -328,9 +291,11 @@ class ListScheduler:
             self._send(rank, above, above.backward_arrivals, finish)
         lane.holding.backwards += 1
         self._note_complete(lane.holding)
+        for tied in lane.holding.tied:
+            self._note_complete(tied)
 
     def _reduce(self, rank: int, action: Action, finish: int) -> None:
-        holding = self.holdings[rank][action.stage]
+        holding = self.units[rank][action.stage]
         holding.reductions += 1
         if rank == holding.home:
             for guest in holding.guests:
@@ -339,7 +304,7 @@ class ListScheduler:
             self._post(rank, holding.home, action, finish)
 
     def _update(self, rank: int, action: Action, finish: int) -> None:
-        holding = self.holdings[rank][action.stage]
+        holding = self.units[rank][action.stage]
         holding.updates += 1
         self.unfinished[rank].remove(holding)
         self._note_complete(holding)
@@ -349,7 +314,7 @@ class ListScheduler:
         else:
             self.mail[rank][holding.home].popleft()
 
-    def _note_complete(self, holding: Holding) -> None:
+    def _note_complete(self, holding: Holding | TiedHolding) -> None:
         if holding.completed > holding.updates and holding not in self.unfinished[holding.rank]:
             self.unfinished[holding.rank].append(holding)
 
@@ -383,16 +348,13 @@ class ListScheduler:
         heapq.heappush(self.events, (finish + self.link, receiver))
         return finish + self.link
 
-    def _close(self, rank: int, latest: Holding) -> None:
+    def _close(self, rank: int, latest: Holding | TiedHolding) -> None:
         """Note the end of the rank's window: its last backward, and the updates due by then.
 
         Most often what it did ``latest`` tells at once that there is more to do.
         """
         window = self.closed[rank] + 1
-        if latest.backwards < window * latest.per_window or latest.updates < window - latest.late:
-            return
-        holdings = self.holdings[rank].values()
-        if any(each.backwards < window * each.per_window or each.updates < window - each.late for each in holdings):
+        if not latest.closes(window) or not all(each.closes(window) for each in self.units[rank].values()):
             return
         self.closed[rank] = window
         self.behind -= not self.window_ends[rank]

@@ -5,6 +5,9 @@ On a GPU a receive occupies the device until its message comes, and a host that 
 too. So no receive may begin whose message depends on what its own rank has not started yet. Beginning no later than
 that leaves every send a receive that has begun, so that sends do not wait either.
 
+New weights of a stage come straight into the weights, and so only when those are no longer used; a tied weight's come
+into buffers.
+
 Messages that are sent in a window are received from the opening of the receiver's same window on: a run may end with
 any window.
 """
@@ -48,7 +51,7 @@ def postings(schedule: Schedule, window: Sequence[Row], costs: CostModel) -> tup
         for message in messages(schedule, rank, action):
             receiver = message.receiver
             row, count = window[receiver], begun[receiver]
-            if action.kind == UPDATE:
+            if action.kind == UPDATE and not schedule.sharing.is_tied(action.stage):
                 count = max(count, _used_until(row, action))
             found[receiver][row[count - 1] if count else None].append(message)
         begun[rank] += 1
@@ -100,7 +103,7 @@ def messages(schedule: Schedule, rank: int, action: Action) -> Iterator[Message]
     if sent is not None:
         yield Message(rank, *sent)
     if action.kind in (REDUCE, UPDATE):
-        home, *guests = schedule.placement.holders[action.stage]
+        home, *guests = schedule.sharing.holders[action.stage]
         if action.kind == UPDATE and rank == home:
             yield from (Message(home, guest, action) for guest in guests)
         elif action.kind == REDUCE and rank != home:

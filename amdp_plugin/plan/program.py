@@ -24,8 +24,8 @@ class Program:
     rows: tuple[Row, ...]
 
     def to_csv(self) -> str:
-        """One line a rank. A flush implies the updates, so a flushing program in one direction holds only
-        forwards and backwards, and torch.distributed.pipelining reads it as its own compute CSV."""
+        """One line a rank. A flush implies the updates, so a flushing program in one direction without tied weights
+        holds only forwards and backwards, and torch.distributed.pipelining reads it as its own compute CSV."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         for row in self.rows:
@@ -49,7 +49,7 @@ class Program:
 
     @property
     def _implies_updates(self) -> bool:
-        return self.schedule.flush and self.schedule.placement.directions == 1
+        return self.schedule.flush and self.schedule.placement.directions == 1 and not self.schedule.tied
 
     def _with_updates(self) -> Program:
         last = {(window + 1) * self.schedule.micro_batches - 1: window for window in range(self.windows)}

@@ -19,6 +19,7 @@ from .program import Program
 from .schedule import Place, Schedule
 from .simulate import in_flight, simulate
 from .staleness import coefficient, mean_staleness
+from .tied import TiedWeight, tied_weights
 from .verify import verify
 from .versions import Version, versions
 
@@ -68,6 +69,7 @@ class Report:
         gradient_copies_by_rank: the same of sums of gradients: one for every stage here, and one for every closed
             window that is parked.
         optimizer_states_by_rank: stages whose optimizer state a rank keeps. Under 1F1B all three are 1.
+        tied: weights that several stages share: how late they are on each, and copies of them and of their gradients.
         deadlock_free: whether no rank waits for ever; ``breach`` says who does.
         verified_windows: windows on which all laws were checked, from the first on.
         period: windows after which everything repeats, so that the laws hold for ever; ``None`` when no
@@ -104,6 +106,7 @@ class Report:
     weight_copies_by_rank: tuple[int, ...]
     gradient_copies_by_rank: tuple[int, ...]
     optimizer_states_by_rank: tuple[int, ...]
+    tied: tuple[TiedWeight, ...]
     deadlock_free: bool
     breach: str | None
     verified_windows: int
@@ -135,6 +138,7 @@ class Report:
             *_item("weight copies", f"by rank: {_numbers(self.weight_copies_by_rank)}", width),
             *_item("gradients", f"copies, by rank: {_numbers(self.gradient_copies_by_rank)}; optimizer states: "
                    f"{_numbers(self.optimizer_states_by_rank)}", width),
+            *(line for each in self.tied for line in _item("tied weight", _shared(each), width)),
             "",
             RECOMPUTATION,
         ]
@@ -224,6 +228,7 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
         weight_copies_by_rank=_weight_copies(schedule, extrapolation, master_weights),
         gradient_copies_by_rank=_gradient_copies(program),
         optimizer_states_by_rank=tuple(len(homes) for homes in _homes(schedule)),
+        tied=tied_weights(planner, settled),
         deadlock_free=breach is None,
         breach=breach,
         verified_windows=last,
@@ -295,12 +300,23 @@ def _gradient_copies(program: Program) -> tuple[int, ...]:
     for rank, row in enumerate(program.rows):
         backwards, updates, most = Counter[int](), Counter[int](), dict.fromkeys(schedule.placement.stages[rank], 1)
         for stage, kind, _ in row:
+            if schedule.sharing.is_tied(stage):
+                continue
             backwards[stage] += kind == BACKWARD
             updates[stage] += kind == UPDATE
             begun = -(-backwards[stage] // schedule.backwards_per_window(rank, stage))
             most[stage] = max(most[stage], begun - updates[stage])
         copies.append(sum(most.values()))
     return tuple(copies)
+
+
+def _shared(weight: TiedWeight) -> str:
+    means = " ".join(f"{mean:.6g}" for mean in weight.mean_staleness)
+    return (
+        f"{weight.unit}, of the stages {_numbers(weight.stages)}, stepped with the first: gap {_numbers(weight.gap)}, "
+        f"staleness {_numbers(weight.staleness)} (in the mean {means}); copies beside it: "
+        f"{_numbers(weight.values)} of its value, {_numbers(weight.sums)} of a sum of its gradients"
+    )
 
 
 def _count(number: int, word: str) -> str:

@@ -11,6 +11,10 @@ What every action needs before it may run, what it sends to another rank, and wh
 | ``U(s, k)`` | the home | ``R(s, k)``, or its own backwards | weights for the guests' ``U(s, k)`` | all homes |
 | ``U(s, k)`` | a guest | ``U(s, k)`` of the home | | |
 
+A weight that several stages share is a unit of its own, numbered after the stages (:mod:`.sharing`). Its R and U are
+as above, but that its backwards are those of its stage on the rank, and that its home's ``U`` only follows that of its
+stage there, which steps it and so needs its ``R``. A forward after a flush needs ``U`` of what its stage shares, too.
+
 Homes meet only where a schedule's decisions are made in a ``meeting``, and then need this for all the stages at home
 there. Where decisions are the ``latest``, an update also takes a sum of every other stage, see :mod:`.decisions`.
 
@@ -22,11 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
+from .delays import check_delays, delays_of
 from .placement import Placement
 from .priorities import Priority, backward_first
+from .sharing import Sharing, Tied
 from .weights import KEPT, check_compensation, check_weights
 
 Place = tuple[int, Action]
@@ -43,6 +50,8 @@ class Schedule:
         name: what users write in their configuration.
 
         placement: which rank runs which stage of which direction.
+        tied: for every weight that stages share and that is a unit of its own, those stages, ascending. Only in one
+            direction, with the latest weights; where updates meet, a host sums such gradients in the meeting.
         micro_batches: micro-batches of a window, over all directions; one window is one optimizer step.
         flush_every: a stage forwards no micro-batch of window ``flush_every``, ``2 * flush_every``, ... before its
             update of the window before. 1: a flush at every window, the schedule is synchronous. 0: never.
@@ -96,6 +105,7 @@ class Schedule:
     flush_every: int
     in_flight: tuple[int, ...]
     max_gap: tuple[int, ...]
+    tied: Tied = ()
     flush_first: int = 0
     weights: str = "latest"
     weight_versions: tuple[int, ...] = ()
@@ -140,44 +150,11 @@ class Schedule:
         check_compensation(self)
         if self.decisions not in DECISIONS:
             raise ValueError(f"{self.name}: decisions are {', '.join(DECISIONS)}; got {self.decisions!r}")
-        self._check_delays()
+        if self.decisions == "relayed" or not self.update_delay:
+            object.__setattr__(self, "update_delay", delays_of(self))
+        check_delays(self)
+        self.sharing.check(self.name, self.weights, self.together)
         self._try_priorities()
-
-    def _check_delays(self) -> None:
-        if self.decisions == "relayed":
-            self._relay()
-        if not self.update_delay:
-            object.__setattr__(self, "update_delay", (0,) * self.num_stages)
-        if len(self.update_delay) != self.num_stages:
-            raise ValueError(f"{self.name}: update_delay needs one entry for each of {self.num_stages} stages")
-        most, directions = max(self.update_delay), self.placement.directions
-        if min(self.update_delay) < 0:
-            raise ValueError(f"{self.name}: update_delay counts backwards, at least 0; got {self.update_delay}")
-        if self.flush_every and most and self.decisions != "relayed":
-            raise ValueError(f"{self.name}: an update cannot stand later than a flush that waits for it")
-        if self.reduces and most > self.micro_batches // directions:
-            raise ValueError(
-                f"{self.name}: where ranks share stages an update stands at most one window late, so update_delay "
-                f"is at most {self.micro_batches // directions}, got {most}"
-            )
-
-    def _relay(self) -> None:
-        """Decisions go down with gradients and up with activations: a stage updates when the second reach it."""
-        if self.placement.directions > 1:
-            raise ValueError(
-                f"{self.name}: decisions are relayed up and down one direction, it has {self.placement.directions}; "
-                'use "latest" or "meeting"'
-            )
-        if self.weights != "latest":
-            raise ValueError(
-                f"{self.name}: relayed decisions move updates, and its weights are {self.weights!r}, as counted where "
-                'updates stand without; use "latest" or "local"'
-            )
-        # While a decision comes up, a stage backwards what stage 0 has admitted, but for what is between itself and the
-        # end; before a flush, where nothing follows, all of it.
-        stages, first = range(1, self.num_stages), self.in_flight[0]
-        left = [1 if self.flush_every else min(self.in_flight[stage], self.num_stages - stage) for stage in stages]
-        object.__setattr__(self, "update_delay", (0, *(max(0, first - below) for below in left)))
 
     def _try_priorities(self) -> None:
         """They are called in earnest only where a rank has a choice, which may come late in a run."""
@@ -195,6 +172,11 @@ class Schedule:
     @property
     def num_ranks(self) -> int:
         return self.placement.num_ranks
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """Who holds which stage, and which tied weight."""
+        return Sharing(self.placement, self.tied)
 
     @property
     def flush(self) -> bool:
@@ -293,7 +275,13 @@ class Schedule:
         return directions * self.micro_batches // self.placement.directions
 
     def windows_late(self, rank: int, stage: int) -> int:
-        """Windows that ``rank`` closes, at most, between the last backward of a window on ``stage`` and its update."""
+        """Windows that ``rank`` closes, at most, between the last backward of a window on ``stage`` and its update.
+
+        For a guest of a tied weight: until its home has stepped it, the first stage lets no more in.
+        """
+        if self.sharing.is_tied(stage):
+            home = self.sharing.stages(stage)[0]
+            return 0 if rank == self.placement.home(home) else -(-self.in_flight[home] // self.micro_batches)
         delay, per_window = self.update_delay[stage], self.backwards_per_window(rank, stage)
         if self.decisions == "relayed" and delay:
             # What brings the decision may be sent in a later window than the last backward before the update.
@@ -307,7 +295,10 @@ class Schedule:
         return None
 
     def computes(self, rank: int, action: Action) -> bool:
-        """Whether ``action`` is work for ``rank``, and not messages alone: a guest does not step its stage."""
+        """Whether ``action`` is work for ``rank``, and not messages alone: a guest does not step its stage, and a tied
+        weight is stepped with its home's."""
+        if self.sharing.is_tied(action.stage):
+            return False
         return action.kind != UPDATE or rank == self.placement.home(action.stage)
 
     def message(self, rank: int, action: Action) -> Place | None:
@@ -344,7 +335,10 @@ class Schedule:
         if kind == FORWARD:
             above = ((self.placement.rank_of(stage - 1, index), Action(stage - 1, FORWARD, index)),) if stage else ()
             updates = self.updates_before(index)
-            return ((rank, Action(stage, UPDATE, updates - 1)), *above) if updates else above
+            if not updates:
+                return above
+            held = (stage, *self.sharing.of_stage[stage])
+            return *((rank, Action(unit, UPDATE, updates - 1)) for unit in held), *above
         if kind == BACKWARD:
             own = rank, Action(stage, FORWARD, index)
             if stage == self.num_stages - 1:
@@ -355,13 +349,15 @@ class Schedule:
     def _window_dependencies(self, rank: int, action: Action) -> Iterator[Place]:
         """Of a reduction or an update."""
         stage, kind, index = action
-        home = self.placement.home(stage)
+        home, *guests = self.sharing.holders[stage]
         if kind == REDUCE:
-            yield from self._own_backwards(rank, stage, index)
+            yield from self._own_backwards(rank, self.sharing.stage_on(rank, stage), index)
             if rank == home:
-                yield from ((guest, action) for guest in self.placement.holders[stage][1:])
+                yield from ((guest, action) for guest in guests)
         elif rank != home:
             yield home, action
+        elif self.sharing.is_tied(stage):
+            yield home, Action(self.sharing.stage_on(home, stage), UPDATE, index)
         elif self.together:
             for other in self.placement.stages[rank]:
                 if rank == self.placement.home(other):
@@ -379,6 +375,7 @@ class Schedule:
             yield home, Action(stage, REDUCE, window)
         else:
             yield from self._own_backwards(home, stage, window)
+        yield from ((home, Action(unit, REDUCE, window)) for unit in self.sharing.at_home(stage))
 
     def _own_backwards(self, rank: int, stage: int, window: int) -> Iterator[Place]:
         directions = [direction for direction, row in enumerate(self.placement.ranks) if row[stage] == rank]

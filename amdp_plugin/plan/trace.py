@@ -66,8 +66,9 @@ def _arrows(timing: Timing) -> Iterator[Event]:
 
 
 def _counters(timing: Timing) -> Iterator[Event]:
+    sharing = timing.program.schedule.sharing
     for rank, (row, spans) in enumerate(zip(timing.program.rows, timing.spans, strict=True)):
-        version = dict.fromkeys(timing.program.schedule.placement.stages[rank], 0)
+        version = dict.fromkeys(sharing.units[rank], 0)
         flying = 0
         for action, count, (_, end) in zip(row, in_flight(timing.program, rank), spans, strict=True):
             counter = {"ph": "C", "pid": 0, "ts": _microseconds(end)}
@@ -76,7 +77,7 @@ def _counters(timing: Timing) -> Iterator[Event]:
                 yield {**counter, "name": f"in flight, rank {rank}", "args": {"micro-batches": count}}
             if action.kind == UPDATE:
                 version[action.stage] += 1
-                shown = {f"stage {stage}": updates for stage, updates in version.items()}
+                shown = {sharing.called(unit): updates for unit, updates in version.items()}
                 yield {**counter, "name": f"version, rank {rank}", "args": shown}
 
 

@@ -10,6 +10,7 @@ from .laws import BOUNDS, FLUSH, ORDER, PLACES, PROGRESS, WINDOWS, ProgramError,
 from .play import Stuck, play
 from .program import Program
 from .schedule import Place
+from .tied import check_tied
 from .versions import versions
 
 
@@ -24,6 +25,7 @@ def verify(program: Program) -> Sequence[Place]:
     """
     _check_places(program)
     _check_updates(program)
+    check_tied(program)
     order = _check_order(program)
     _check_messages(program)
     _check_bounds(program)
@@ -40,9 +42,9 @@ def _check_places(program: Program) -> None:
         raise ProgramError(f"{schedule.name} breaks {PLACES}: {what}", PLACES.number)
     seen: set[tuple[int, Action]] = set()
     for rank, row in enumerate(program.rows):
-        holds = frozenset(schedule.placement.stages[rank])
+        stages, units = frozenset(schedule.placement.stages[rank]), frozenset(schedule.sharing.units[rank])
         for position, action in enumerate(row):
-            if action.stage not in holds:
+            if action.stage not in (units if action.kind in (REDUCE, UPDATE) else stages):
                 what = f"rank {rank} holds the stages {schedule.placement.stages[rank]}, not {action.stage}"
                 raise breach(program, rank, position, PLACES, what)
             owner = schedule.owner(action)
@@ -69,6 +71,8 @@ def _check_updates(program: Program) -> None:
         backwards: Counter[int] = Counter()
         each_window = {stage: schedule.backwards_per_window(rank, stage) for stage in schedule.placement.stages[rank]}
         for position, (stage, kind, index) in enumerate(row):
+            if schedule.sharing.is_tied(stage):
+                continue
             per_window = each_window[stage]
             if kind == BACKWARD:
                 early = backwards[stage] + 1 - (updates[stage] + 1) * per_window
@@ -103,7 +107,7 @@ def _check_messages(program: Program) -> None:
     for rank, row in enumerate(program.rows):
         for position, action in enumerate(row):
             if action.kind in (REDUCE, UPDATE):
-                home, *guests = schedule.placement.holders[action.stage]
+                home, *guests = schedule.sharing.holders[action.stage]
                 peers = guests if rank == home else [home]
                 sends = (action.kind == UPDATE) == (rank == home)
                 for peer in peers:

@@ -3,11 +3,16 @@
 Every action starts its messages and goes on. The home receives into buffers of its own, used again and again; a
 guest receives straight into its weights, and waits for them only before it uses the stage again. When either begins,
 the plan says. Sums are taken in one order, home first, so that they do not depend on who is late.
+
+A weight that several stages share is exchanged likewise, but that its guests send and receive in memory of their own,
+of several windows at once where windows are short, and take the oldest value when the program says so.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -15,15 +20,21 @@ from torch import Tensor, nn
 
 from ..plan.action import REDUCE, UPDATE, Action
 from ..plan.devices import RECEIVE_BUFFERS
-from ..plan.placement import Placement
 from ..plan.postings import next_guest
-from .replica import Guest, Home, Replica
+from ..plan.schedule import Schedule
+from .replica import Home
+from .tied import Replicas, TiedGuest, tied_guests
 from .transport import GRADIENT_TAG, WEIGHT_TAG, Incoming, Transport
 from .watch import Waitable, Watch
 
 
 class _Receiving(NamedTuple):
     buffers: list[Tensor]
+    incoming: list[Incoming]
+
+
+class _Arriving(NamedTuple):
+    action: Action
     incoming: list[Incoming]
 
 
@@ -34,22 +45,22 @@ class _Sent(NamedTuple):
     tensor: Tensor
 
 
-def weight_links(placement: Placement) -> set[tuple[int, int]]:
+def weight_links(schedule: Schedule) -> set[tuple[int, int]]:
     """The directed pairs (home, guest) of ranks over which new weights go."""
-    return {(home, guest) for home, *guests in placement.holders for guest in guests}
+    return {(home, guest) for home, *guests in schedule.sharing.holders for guest in guests}
 
 
-def gradient_links(placement: Placement) -> set[tuple[int, int]]:
+def gradient_links(schedule: Schedule) -> set[tuple[int, int]]:
     """The directed pairs (guest, home) of ranks over which gradients go."""
-    return {(guest, home) for home, guest in weight_links(placement)}
+    return {(guest, home) for home, guest in weight_links(schedule)}
 
 
 class Exchange:
     """One rank's side.
 
     Args:
-        placement: who holds what.
-        replicas: the stages on this rank that others hold too.
+        schedule: tells who holds what.
+        replicas: the stages and tied weights on this rank that others hold too.
         gradients: messages over :func:`gradient_links` alone. Two ranks may be guests of each other, and NCCL has no
             tags: gradients one way and weights the same way must not share a communicator.
         weights: messages over :func:`weight_links` alone.
@@ -59,14 +70,15 @@ class Exchange:
 
     def __init__(
         self,
-        placement: Placement,
-        replicas: Mapping[int, Replica],
+        schedule: Schedule,
+        replicas: Replicas,
         gradients: Transport,
         weights: Transport,
         watch: Watch,
         gradient_buffers: int = RECEIVE_BUFFERS,
     ) -> None:
-        self._holders, self._replicas, self._watch = placement.holders, replicas, watch
+        self._holders, self._is_tied = schedule.sharing.holders, schedule.sharing.is_tied
+        self._replicas, self._watch = replicas, watch
         self._transports = {GRADIENT_TAG: gradients, WEIGHT_TAG: weights}
         self._homes = {stage: replica for stage, replica in replicas.items() if isinstance(replica, Home)}
         self._free = {
@@ -77,7 +89,8 @@ class Exchange:
         self._begun: dict[int, dict[int, bool]] = {stage: {} for stage in self._homes}
         """Guests whose gradients may be received, and whether they come directly (:attr:`.Transport.direct`)."""
         self._receiving: dict[int, dict[int, _Receiving]] = {stage: {} for stage in self._homes}
-        self._arriving: dict[int, tuple[Action, list[Incoming]]] = {}
+        self._arriving: dict[int, deque[_Arriving]] = {}
+        """Of every guest, the values that are received, in the order in which they come."""
         self._sent: dict[int, list[_Sent]] = {}
 
     def buffers(self) -> Iterator[Tensor]:
@@ -85,10 +98,12 @@ class Exchange:
         yield from self._kept
         for home in self._homes.values():
             yield from home.send_buffers
+        for guest in tied_guests(self._replicas):
+            yield from guest.buffers()
 
     def receive(self, sender: int, action: Action) -> None:
         """Begin to receive what ``action`` takes: at home the gradients of the guest ``sender``, as soon as there is a
-        buffer; on a guest the new weights, so that nothing may use the stage before :meth:`settle`."""
+        buffer; on a guest the new weights, so that nothing may use a stage before :meth:`settle`."""
         if action.kind == REDUCE:
             self._begun[action.stage][sender] = self._transports[GRADIENT_TAG].direct
             self._receive_gradients(action, self._holders[action.stage][1:])
@@ -98,8 +113,8 @@ class Exchange:
     def reduce(self, action: Action) -> None:
         """On a guest, send the window's gradients home; at home, add those of the guests, one after the other."""
         replica = self._replicas[action.stage]
-        if isinstance(replica, Guest):
-            self._send(action, replica.gradients, self._holders[action.stage][:1], GRADIENT_TAG)
+        if not isinstance(replica, Home):
+            self._send(action, replica.outgoing(), self._holders[action.stage][:1], GRADIENT_TAG)
             return
         guests = self._holders[action.stage][1:]
         for added, guest in enumerate(guests, start=1):
@@ -115,22 +130,35 @@ class Exchange:
         self._reap(action.stage)
         self._send(action, self._homes[action.stage].weights(), self._holders[action.stage][1:], WEIGHT_TAG)
 
+    def pass_on(self, action: Action) -> None:
+        """Of a tied weight: at home, after its stage's step, start to send it; on a guest, take the value."""
+        if action.stage in self._homes:
+            self.send_weights(action)
+        else:
+            self._take(action.stage)
+
     def _receive_weights(self, action: Action) -> None:
         replica, home = self._replicas[action.stage], self._holders[action.stage][0]
-        assert isinstance(replica, Guest)
+        assert not isinstance(replica, Home)
         with self._watch.guard("receiving", action, home):
-            incoming = [self._receive(flat, home, WEIGHT_TAG) for flat in replica.weights]
-        self._arriving[action.stage] = (action, incoming)
+            incoming = [self._receive(flat, home, WEIGHT_TAG) for flat in replica.incoming()]
+        self._arriving.setdefault(action.stage, deque()).append(_Arriving(action, incoming))
 
     def settle(self, stage: int) -> None:
         """Wait until the weights of ``stage`` are there, if they are on their way."""
-        if stage in self._arriving:
-            action, incoming = self._arriving.pop(stage)
-            self._wait(incoming, action, self._holders[stage][0])
-            for message in incoming:
-                message.finish()
-            self._reap(stage)  # the home has stepped, so it has had the gradients
-            self._replicas[stage].clear()
+        while self._arriving.get(stage):
+            self._take(stage)
+
+    def _take(self, stage: int) -> None:
+        """Wait for the oldest weights that are on their way."""
+        action, incoming = self._arriving[stage].popleft()
+        self._wait(incoming, action, self._holders[stage][0])
+        for message in incoming:
+            message.finish()
+        self._reap(stage, action.index)  # the home has stepped, so it has had the gradients
+        replica = self._replicas[stage]
+        assert not isinstance(replica, Home)
+        replica.arrived()
 
     def go_direct(self) -> None:
         """A window is over in which all kernels were loaded: see :class:`.Transport`."""
@@ -148,7 +176,7 @@ class Exchange:
         """Let every guest take all weights and buffers of its home; nothing may be in flight.
 
         Args:
-            modules: the stages on this rank that others hold too.
+            modules: the stages and tied weights on this rank that others hold too.
         """
         for stage, module in sorted(modules.items()):
             home, *guests = self._holders[stage]
@@ -160,7 +188,42 @@ class Exchange:
                 incoming = self._receive(torch.empty_like(tensor), home, WEIGHT_TAG)
                 self._wait([incoming], action, home)
                 tensor.copy_(incoming.finish())
+        for guest in tied_guests(self._replicas):
+            guest.adopt()
         self.drain()
+
+    def is_home(self, unit: int) -> bool:
+        """Whether this rank is that of ``unit``, a stage or a tied weight."""
+        return unit in self._homes
+
+    def show_homes(self, modules: Mapping[int, nn.Module]) -> None:
+        """Between two windows, let guests of tied weights show what their homes have, whatever is still on its way to
+        them, until they :meth:`.TiedGuest.write` again what they compute with. All ranks must call it.
+
+        Args:
+            modules: as for :meth:`copy_home`.
+        """
+        for unit, module in sorted(modules.items()):
+            replica = self._replicas[unit]
+            if isinstance(replica, TiedGuest):
+                replica.write(*self.share(unit, _all_tensors(module)))
+            elif self._is_tied(unit):
+                self.share(unit, _all_tensors(module))
+
+    def share(self, unit: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Between two windows: at the home of a tied weight send ``tensors`` to its guests; on a guest receive them.
+
+        Returns:
+            The home's; ``tensors`` are as many of the same shapes and dtypes everywhere.
+        """
+        home, *guests = self._holders[unit]
+        action, copies = Action(unit, UPDATE, 0), [tensor.clone() for tensor in tensors]
+        if unit in self._homes:
+            self._send(action, copies, guests, WEIGHT_TAG)
+            return copies
+        incoming = [self._receive(copy, home, WEIGHT_TAG) for copy in copies]
+        self._wait(incoming, action, home)
+        return [message.finish() for message in incoming]
 
     def _receive_gradients(self, action: Action, to_add: Sequence[int]) -> None:
         stage = action.stage
@@ -187,10 +250,13 @@ class Exchange:
         for message in incoming:
             self._watch.wait(message.work, "receiving", action, sender)
 
-    def _reap(self, stage: int) -> None:
-        """Wait until what was sent for ``stage`` has left its buffers."""
-        for sent in self._sent.pop(stage, []):
-            self._watch.wait(sent.work, "sending", sent.action, sent.receiver)
+    def _reap(self, stage: int, window: float = inf) -> None:
+        """Wait until what was sent for ``stage``, in windows up to that, has left its buffers."""
+        all_sent = self._sent.pop(stage, [])
+        self._sent[stage] = [sent for sent in all_sent if sent.action.index > window]
+        for sent in all_sent:
+            if sent.action.index <= window:
+                self._watch.wait(sent.work, "sending", sent.action, sent.receiver)
 
 
 def _all_tensors(module: nn.Module) -> list[Tensor]:

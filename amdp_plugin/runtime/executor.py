@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
-
-from torch import nn
+from typing import Any
 
 from ..plan.action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from ..plan.planner import Planner
@@ -18,48 +16,7 @@ from .extrapolation import ExtrapolatedWeights
 from .kept_weights import KeptWeights
 from .timeline import Timeline
 from .watch import Watch
-
-
-class Worker(Protocol):
-    """What a rank can do; the executor says when. Micro-batches and windows are numbered from the job's start."""
-
-    def has_window(self, window: int) -> bool:
-        """Where a first or last stage is: whether there is data for the whole window."""
-
-    def forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
-        """Forward one micro-batch; ``inputs`` is ``None`` on the first stage, the result on the last."""
-
-    def backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
-        """Accumulate the gradients of one micro-batch. Takes those of the forward's floating-point outputs
-        (``None`` on the last stage), returns those of its floating-point inputs (``None`` on the first)."""
-
-    def close(self, update: Action) -> None:
-        """The window of ``update`` has closed, which comes later."""
-
-    def update(self, action: Action) -> None:
-        """At the home of a stage: apply the window's mean gradient to it, under the graphs that are alive."""
-
-    def release(self, action: Action) -> None:
-        """The backward ``action`` is done and will not be cancelled: its data may go."""
-
-    def end_of_backwards(self, window: int, direction: int) -> None:
-        """The last stage of ``direction`` has sent its last gradient of ``window``, whose update is still to come:
-        time to report the loss."""
-
-    def parameters(self, stage: int) -> Iterable[nn.Parameter]:
-        """Those of ``stage`` that are trained."""
-
-    def snapshot(self, action: Action) -> Any:
-        """Whatever the forward ``action`` is going to change besides its output: random state, buffers."""
-
-    def cancel(self, forwards: Sequence[Action], backwards: Sequence[Action], snapshots: Sequence[Any]) -> None:
-        """Forget what is in flight.
-
-        Args:
-            forwards: those without a backward yet.
-            backwards: those for a window that has not begun. Nothing else is in the sums of gradients then.
-            snapshots: of before the first cancelled forwards, one for every direction that had any.
-        """
+from .work import Worker
 
 
 class Executor:
@@ -115,6 +72,7 @@ class Executor:
         self.kept.clear()
         self._in_flight: dict[Action, int] = {}
         self._early: list[Action] = []
+        self._whole = dict.fromkeys(self.versions, 0)
         self._snapshots: dict[tuple[int, int], Any] = {}
         self._exists: dict[tuple[int, int], bool] = {}
         self._read: dict[tuple[int, int], bool] = {}
@@ -124,6 +82,8 @@ class Executor:
     def _begin_program(self) -> None:
         """Nothing is in flight: from this window on, one of the two programs is run from its start."""
         opens = self.window < self.schedule.flush_first
+        if self._exchange is not None:
+            self._exchange.drain()  # a tied weight may be on its way to those that close their windows early
         self._running = self._opening if self._opening is not None and opens else self.planner
         self._base = self.window
         if self._decisions is not None:
@@ -159,15 +119,18 @@ class Executor:
 
     def execute(self, action: Action) -> None:
         """Do one action: receive what it needs, compute, send what others need."""
+        tied = self.schedule.sharing.is_tied(action.stage)
         # A step may ask the device for a norm, and such a question has no limit: it must not stand before a message.
-        self._watch.keep_pace(*((0,) if action.kind == UPDATE else ()))
+        self._watch.keep_pace(*((0,) if action.kind == UPDATE and not tied else ()))
         if action.kind == FORWARD:
             self._forward(action)
         elif action.kind == BACKWARD:
             self._backward(action)
-        elif action.kind == REDUCE:
+        elif action.kind == REDUCE or tied:
             assert self._exchange is not None
-            self._exchange.reduce(action)
+            (self._exchange.reduce if action.kind == REDUCE else self._exchange.pass_on)(action)
+            if tied and action.kind == REDUCE:
+                self._note_whole(self.schedule.sharing.stage_on(self.rank, action.stage), action.index)
         else:
             self._update(action)
         self._watch.last_done = action
@@ -336,13 +299,22 @@ class Executor:
         if stage > 0:
             self._send(action, input_gradients)
         window = action.window(self.schedule.micro_batches)
-        if self.schedule.decisions == "relayed" and self._closes_window(action):
-            with self._computing(update := Action(stage, UPDATE, window)):
-                self._worker.close(update)
+        if self._closes_window(action):
+            self._note_whole(stage, window)
         if window > self.window:
             self._early.append(action)
         else:
             self._count(action)
+
+    def _note_whole(self, stage: int, window: int) -> None:
+        """The gradient of ``window`` is whole, but for weights that ``stage`` shares, or that of one of these is."""
+        if self.schedule.decisions != "relayed":
+            return
+        self._whole[stage] += 1
+        if self._whole[stage] > len(self.schedule.sharing.of_stage[stage]):
+            self._whole[stage] = 0
+            with self._computing(update := Action(stage, UPDATE, window)):
+                self._worker.close(update)
 
     def _count(self, action: Action) -> None:
         """The window of the backward ``action`` has begun, so that it will not be cancelled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from ..plan.placement import Placement
 from ..plan.planner import Planner
 from ..plan.report import Report, report
 from ..plan.schedule import Schedule
+from ..plan.tied import buffers
 from .agreement import plan_together
 from .channels import Channels, keep_sent
 from .decisions import Decisions
@@ -35,12 +37,19 @@ from .feedback import ErrorFeedback
 from .groups import MAX_CHANNELS, channels_of_a_message
 from .losses import WindowLosses
 from .random_streams import Generators, RandomStreams
-from .replica import Replica
 from .runnable import check_modules, check_runnable
+from .tied import Replicas, TiedGuest, tied_guests
+from .tied_state import OptimizerStates, take_from_home
 from .timeline import Timeline
 from .transport import Transport
 from .watch import PipelineStallError, Watch
 from .worker import StagesWorker
+
+DIFFERENT_PARTS = (
+    "a weight that several stages share is kept in different parts by their optimizers, so that the state of all but "
+    "the first means nothing: this checkpoint can be resumed under the schedule that wrote it; under one that meets, "
+    "such as stock 1F1B, load it without the state of the optimizer"
+)
 
 
 @dataclass(frozen=True)
@@ -116,11 +125,13 @@ class Pipeline:
         self.losses = WindowLosses()
         self.exchange: Exchange | None = None
         self.channels: Channels | None = None
-        self.replicas: Mapping[int, Replica] = {}
+        self.replicas: Replicas = {}
         self._replicated: Mapping[int, nn.Module] = {}
         self._transports: list[Transport] = []
         self._unchecked: tuple[nn.Module, ...] = ()
         self._at_rest = True
+        self._shown = False
+        """Whether the weights are for a checkpoint or an evaluation."""
         atexit.register(_close, weakref.ref(self))
 
     @property
@@ -129,29 +140,37 @@ class Pipeline:
         return self._planner.schedule
 
     def hold(
-        self, replicas: Mapping[int, Replica], modules: Mapping[int, nn.Module], feedback: ErrorFeedback
+        self,
+        replicas: Replicas,
+        modules: Mapping[int, nn.Module],
+        feedback: ErrorFeedback,
+        states: OptimizerStates,
     ) -> None:
         """Take over the stages on this rank; guests get the weights of their homes.
 
         Args:
-            replicas: those that other ranks hold too, home or guest, by stage.
-            modules: the same stages' modules, whose parameters and buffers come in one order on all ranks.
+            replicas: those that other ranks hold too, home or guest, by stage; and the tied weights of this rank.
+            modules: of the same, whose parameters and buffers come in one order on all ranks.
             feedback: of the stage that is at home here.
+            states: of the optimizer of that stage.
         """
-        self.feedback = feedback
+        self.feedback, self._states = feedback, states
         self.extrapolation = ExtrapolatedWeights(
             self.site.rank, feedback.parameters, feedback.optimizers, feedback.refresh
         )
         self.replicas, self._replicated = replicas, modules
-        if self.schedule.reduces:
-            placement = self.schedule.placement
-            gradients = self._make_transport(gradient_links(placement))
-            weights = self._make_transport(weight_links(placement))
+        if self.schedule.reduces or self.schedule.tied:
+            gradients = self._make_transport(gradient_links(self.schedule))
+            weights = self._make_transport(weight_links(self.schedule))
             # Elsewhere no message occupies a device, and nothing ever waits for the whole of one.
             programs = [planner for planner in (self._planner, self._opening) if planner is not None]
             on_device = self.site.device.type == "cuda"
-            buffers = max(map(gradient_buffers, programs)) if on_device else RECEIVE_BUFFERS
-            self.exchange = Exchange(placement, replicas, gradients, weights, self.watch, buffers)
+            received = max(map(gradient_buffers, programs)) if on_device else RECEIVE_BUFFERS
+            for unit, replica in replicas.items():
+                if isinstance(replica, TiedGuest):
+                    taken = [buffers(each, self.site.rank, unit, each.settled_windows()) for each in programs]
+                    replica.provide(*map(max, zip(*taken, strict=True)))
+            self.exchange = Exchange(self.schedule, replicas, gradients, weights, self.watch, received)
         self.copy_home()
 
     def start(self, worker: StagesWorker, window: int, modules: Iterable[nn.Module]) -> None:
@@ -195,7 +214,7 @@ class Pipeline:
         check_modules(self.schedule, self._unchecked)
         self._unchecked = ()
         self._at_rest = False
-        self.feedback.put_ahead()
+        self.put_ahead()
         try:
             return list(self.executor.open_window())
         except StopIteration:
@@ -209,17 +228,39 @@ class Pipeline:
 
     def rest(self) -> None:
         """Between two windows, for a checkpoint: nothing is in flight, replicas have the buffers of their homes, which
-        a resumed run has everywhere, and this rank's own stage its plain iterate, until the next window."""
+        a resumed run has everywhere, and this rank's own stage its plain iterate, until the next window. Of tied
+        weights every optimizer keeps what that of the home does: elsewhere, each stage may step its own."""
         self.executor.quiesce()
         self.copy_home()
+        self.put_plain()
+        if self.exchange is not None and self.schedule.tied:
+            tied = {unit: module for unit, module in self._replicated.items() if self.schedule.sharing.is_tied(unit)}
+            if not take_from_home(self.exchange, tied, self._states):
+                warnings.warn(DIFFERENT_PARTS, stacklevel=2)
+
+    def put_plain(self) -> None:
+        """Between two windows, for a checkpoint or an evaluation: let this rank's own stage hold its plain iterate, and
+        what of it is at home elsewhere that of the home after its latest update, until the next window. All ranks must
+        call it."""
         self.feedback.put_plain()
+        if self.exchange is not None and not self._shown:
+            self.exchange.show_homes(self._replicated)
+        self._shown = True
+
+    def put_ahead(self) -> None:
+        """Let this rank's own stage hold what it computes with again."""
+        self.feedback.put_ahead()
+        if self._shown:
+            for guest in tied_guests(self.replicas):
+                guest.write()
+        self._shown = False
 
     def settle(self) -> None:
         """Between two windows, for an evaluation: all stages are at one version, and this rank's own stage has its
         plain iterate, until the next window. What is in flight stays, unless stages are at several versions."""
         if self.schedule.decisions == "relayed":
             self.executor.quiesce()
-        self.feedback.put_plain()
+        self.put_plain()
 
     def restart(
         self, window: int, random_states: list[Any] | None, ahead: Sequence[Tensor] | None = None,
@@ -243,7 +284,7 @@ class Pipeline:
 
     def copy_home(self) -> None:
         """Let the guests take the weights and buffers of their homes; nothing may be in flight."""
-        self.feedback.put_ahead()
+        self.put_ahead()
         if self.exchange is not None:
             self.exchange.copy_home(self._replicated)
 
@@ -301,7 +342,7 @@ class Pipeline:
         channels = MAX_CHANNELS
         if site.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(site.device).multi_processor_count
-            channels = channels_of_a_message(multiprocessors, most_links(self.schedule.placement))
+            channels = channels_of_a_message(multiprocessors, most_links(self.schedule))
         self._transports.append(Transport(site.ranks, pairs, site.device, site.timeout_seconds, channels))
         return self._transports[-1]
 
@@ -311,9 +352,9 @@ def stage_links(placement: Placement) -> list[tuple[int, int]]:
     return [(rank, peer) for rank, peers in enumerate(placement.neighbours) for peer in peers]
 
 
-def most_links(placement: Placement) -> int:
+def most_links(schedule: Schedule) -> int:
     """The links of the rank that has most: each can have one message under way on the rank's device."""
-    links = [*stage_links(placement), *gradient_links(placement), *weight_links(placement)]
+    links = [*stage_links(schedule.placement), *gradient_links(schedule), *weight_links(schedule)]
     return max(Counter(rank for link in links for rank in link).values(), default=0)
 
 

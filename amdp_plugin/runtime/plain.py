@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from .parking import AttributeSums, Parking
 from .random_streams import RandomStreams
 from .replica import make_replicas
 from .stage import Loss, Stage, as_tuple, input_leaf
+from .tied import make_tied
 from .weights import live_update
 from .worker import StagesWorker
 
@@ -36,6 +37,7 @@ class PlainWorker(StagesWorker):
         optimizers: for every stage that has its home here, what steps it after a window, with the mean gradient.
         loss: of the last stage, a scalar.
         data: where a first or last stage is, the ``(input, label)`` micro-batches of all directions.
+        tied: of the stage here, the parameter of every weight that the schedule ties, ``None`` where it has no part.
         coefficient: of error feedback, from :func:`.plan.staleness.planned_coefficient`; ``None`` without.
         clipping: the largest norm of the gradients of all stages, as far as decisions tell them; 0 for any.
 
@@ -54,9 +56,11 @@ class PlainWorker(StagesWorker):
         data: Iterator[tuple[Any, Any]] | None = None,
         coefficient: float | None = None,
         clipping: float = 0.0,
+        tied: Sequence[nn.Parameter | None] = (),
     ) -> None:
         feed = Feed(lambda: next(data), partial(schedule.placement.is_end, rank)) if data else None
-        replicas = make_replicas(schedule.placement, rank, modules)
+        shared, self.tied_modules = make_tied(schedule, rank, tied)
+        replicas = {**make_replicas(schedule.placement, rank, modules), **shared}
         streams = RandomStreams(schedule.placement.directions)
         super().__init__(schedule, feed, streams, WindowLosses(), replicas)
         self.modules, self._optimizers, self.reported = modules, optimizers, dict[int, float]()
@@ -116,7 +120,7 @@ class PlainWorker(StagesWorker):
         with self._parking[action.stage].oldest() if self.relayed else nullcontext():
             self._clip(action)
             optimizer = self._optimizers[action.stage]
-            with live_update(self.modules[action.stage].parameters()), self._stepping(action):
+            with live_update(self.modules[action.stage].parameters()), self.keeping_tied(), self._stepping(action):
                 optimizer.step()
             optimizer.zero_grad()
 

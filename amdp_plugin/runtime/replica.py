@@ -101,6 +101,18 @@ class Guest:
                 total.add_(parameter.grad)
                 parameter.grad = None
 
+    def outgoing(self) -> list[Tensor]:
+        """The gradients to be sent."""
+        return self.gradients
+
+    def incoming(self) -> list[Tensor]:
+        """Where the new weights are received: straight in those that the stage computes with."""
+        return self.weights
+
+    def arrived(self) -> None:
+        """The new weights are there, and the home has had the gradients."""
+        self.clear()
+
     def clear(self) -> None:
         """Set the sums of gradients to zero."""
         for gradients in self.gradients:

@@ -8,10 +8,9 @@ tool: train any sequential model under any schedule on one device, and see what 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +28,12 @@ from ..plan.verify import verify
 from .random_streams import split
 from .runnable import check_runnable
 from .serial_extrapolation import SerialExtrapolation
+from .serial_replica import Replica, sum_of
+from .serial_tied import SharedWeights, Tied
 
 Tensors = tuple[Tensor, ...]
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
-
-NO_VERSION = -1
 
 
 class Used(NamedTuple):
@@ -70,6 +69,8 @@ class SerialPipeline:
             a schedule's updates meet, once a window with those of all stages.
         measure: where decisions are the latest or relayed: of a stage's gradients (``None`` where there is none), the
             number that stages add up.
+        tied: for every weight that stages share, the stages that the schedule names for it, each with its parameter. It
+            is stepped with the first of them, and part of no other stage's optimizer.
         decide: then called with a stage's master parameters, gradients set, and the sum, before each step.
         loss_scale: with a master dtype, what the loss is multiplied with before its backward, and its gradients divided
             by as they are summed up; takes the updates that the last stage has had at the forward.
@@ -98,6 +99,7 @@ class SerialPipeline:
         measure: Callable[[list[Tensor | None]], float] = lambda gradients: 0.0,
         decide: Callable[[list[nn.Parameter], float], Any] = lambda parameters, total: None,
         loss_scale: Callable[[int], float] = lambda updates: 1.0,
+        tied: Tied = (),
     ) -> None:
         check_runnable(schedule)
         if len(stages) != schedule.num_stages:
@@ -105,15 +107,17 @@ class SerialPipeline:
         self.stages, self.schedule, self._costs = list(stages), Planner(schedule, costs).schedule, costs
         self.used: dict[tuple[int, int], Used] = {}
         self._loss, self._before_step, self._measure, self._decide = loss, before_step, measure, decide
+        self._shared = SharedWeights(
+            tied, schedule, self.stages, lambda stage, parameter: Replica(stage, [parameter], master_dtype, 1)
+        )
         self._replicas = [
-            {rank: _Replica(_own(stage, copy=rank != ranks[0]), master_dtype, versions) for rank in ranks}
+            {rank: self._replica_of(stage, rank != ranks[0], master_dtype, versions) for rank in ranks}
             for stage, ranks, versions in zip(
                 stages, schedule.placement.holders, schedule.weight_versions, strict=True
             )
         ]
         self._masters = [
-            [_master(parameter, master_dtype) for parameter in stage.parameters() if parameter.requires_grad]
-            for stage in stages
+            [_master(parameter, master_dtype) for parameter in self._shared.own(stage)] for stage in self.stages
         ]
         self.optimizers = [make_optimizer(masters) for masters in self._masters]
         ranks, present = range(schedule.num_ranks), torch.get_rng_state()
@@ -194,12 +198,15 @@ class SerialPipeline:
         for replicas in self._replicas:
             for replica in replicas.values():
                 replica.use(replica.version)
+        self._shared.take_all()
         assert not self._flying and not self._messages, "the program left work undone"
         return [self._mean_loss(window) for window in range(first, first + windows)]
 
     def _run(self, rank: int, action: Action) -> None:
         stage, kind, index = action
-        if kind == UPDATE:
+        if self.schedule.sharing.is_tied(stage):
+            self._run_tied(stage, self.schedule.sharing.stage_on(rank, stage), kind, index)
+        elif kind == UPDATE:
             self._update(rank, stage, index)
         elif kind == REDUCE:
             if self._replicas[stage][rank] is self._home(stage):
@@ -212,7 +219,7 @@ class SerialPipeline:
             self.random_states[rank][direction] = torch.get_rng_state()
             torch.set_rng_state(outside)
 
-    def _forward(self, replica: _Replica, stage: int, index: int) -> None:
+    def _forward(self, replica: Replica, stage: int, index: int) -> None:
         value = self._data[index][0] if stage == 0 else self._messages.pop((stage, FORWARD, index))
         inputs = (value,) if isinstance(value, Tensor) else tuple(value)
         if stage > 0:
@@ -232,7 +239,7 @@ class SerialPipeline:
             self._messages[stage + 1, FORWARD, index] = tuple(tensor.detach().clone() for tensor in outputs)
         self._flying[stage, index] = (inputs, outputs, version)
 
-    def _backward(self, replica: _Replica, stage: int, index: int) -> None:
+    def _backward(self, replica: Replica, stage: int, index: int) -> None:
         inputs, outputs, forward = self._flying.pop((stage, index))
         used = Used(forward, self._played.backward_version(forward, replica.version))
         self.used[stage, index] = used
@@ -251,6 +258,7 @@ class SerialPipeline:
                 torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.clone() for tensor in floating
             )
         replica.accumulate(self._scales[index])
+        self._shared.accumulate(stage, self._scales[index])
         self._backwards[stage] += 1
         if len(self._replicas[stage]) == 1 and self._backwards[stage] % self.schedule.micro_batches == 0:
             self._close(stage, self.versions[stage] + len(self._closed[stage]))
@@ -258,8 +266,25 @@ class SerialPipeline:
     def _close(self, stage: int, window: int) -> None:
         """The gradient of ``window`` is whole: the sum of the replicas' gradients. What follows is of the next."""
         gradients = [replica.take_gradients() for replica in self._replicas[stage].values()]
-        self._closed[stage].append([_sum(parts) for parts in zip(*gradients, strict=True)])
+        self._closed[stage].append([sum_of(parts) for parts in zip(*gradients, strict=True)])
         self._measured[stage, window] = self._measure(self._closed[stage][-1])
+
+    def _run_tied(self, unit: int, stage: int, kind: str, window: int) -> None:
+        """A guest sends its sum, and takes the new value; the home adds the sums to its own, and sends what it made."""
+        home, parameter = self._shared.home(unit)
+        if stage != home:
+            if kind == REDUCE:
+                self._shared.send_gradient(unit, stage, window)
+            else:
+                self._shared.take_value(unit, stage)
+            return
+        place = next(place for place, own in enumerate(self._shared.own(self.stages[home])) if own is parameter)
+        if kind == UPDATE:
+            self._shared.send_value(unit, self._latest[home][place])
+            return
+        gradients = self._closed[home][window - self.versions[home]]
+        gradients[place] = sum_of((gradients[place], *self._shared.gradients(unit, window)))
+        self._measured[home, window] = self._measure(gradients)
 
     def _update(self, rank: int, stage: int, window: int) -> None:
         """At home: step the masters with the gradients of all replicas. Everywhere: take the result as next version."""
@@ -299,7 +324,7 @@ class SerialPipeline:
         windows = {other: window - late for other, late in enumerate(self._ago[stage])}
         return sum(self._measured[other, known] for other, known in windows.items() if known >= self._first)
 
-    def _home(self, stage: int) -> _Replica:
+    def _home(self, stage: int) -> Replica:
         return self._replicas[stage][self.schedule.placement.home(stage)]
 
     def _mean_loss(self, window: int) -> float:
@@ -314,6 +339,10 @@ class SerialPipeline:
             total += own / size
         return float(total)
 
+    def _replica_of(self, stage: nn.Module, copy: bool, dtype: torch.dtype | None, versions: int) -> Replica:
+        module = deepcopy(stage) if copy else stage
+        return Replica(module, self._shared.own(module), dtype, versions)
+
     def _streams(self, state: Tensor) -> list[Tensor]:
         """A stream for each direction, from the state of a rank."""
         outside = torch.get_rng_state()
@@ -323,73 +352,9 @@ class SerialPipeline:
         return states
 
 
-class _Replica:
-    """A stage on one of the ranks that hold it: its parameters, the latest of their versions and as many before it as
-    may be in use, and the sum of their gradients."""
-
-    def __init__(self, module: nn.Module, master_dtype: torch.dtype | None, versions: int) -> None:
-        self.module, self.version, self._versions = module, 0, versions
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._master_dtype = master_dtype
-        self._sums: list[Tensor | None] = [None] * len(self._parameters)
-        self._values = {0: [parameter.detach().clone() for parameter in self._parameters]}
-        self._used = 0
-
-    def use(self, version: int) -> None:
-        """Compute with that version from now on."""
-        if version != self._used:
-            for parameter, value in zip(self._parameters, self._values[version], strict=True):
-                # Through .data, so that graphs that saved the parameter read this version.
-                parameter.data.copy_(value)
-            self._used = version
-
-    def compute_with(self, values: list[Tensor]) -> None:
-        """Compute with ``values``, which are no version, until the next :meth:`use`."""
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.data.copy_(value)
-        self._used = NO_VERSION
-
-    def accumulate(self, scale: float) -> None:
-        """After a backward: with a master dtype, the sum is kept in it, without the loss scale."""
-        if self._master_dtype is not None:
-            for number, parameter in enumerate(self._parameters):
-                if parameter.grad is not None:
-                    self._sums[number] = _sum((self._sums[number], parameter.grad.to(self._master_dtype) / scale))
-                    parameter.grad = None
-
-    def take_gradients(self) -> list[Tensor | None]:
-        """The sums, which begin anew."""
-        if self._master_dtype is not None:
-            taken, self._sums = self._sums, [None] * len(self._sums)
-            return taken
-        found = [parameter.grad for parameter in self._parameters]
-        for parameter in self._parameters:
-            parameter.grad = None
-        return found
-
-    def load(self, values: list[Tensor]) -> None:
-        """Take them as the next version."""
-        self.version += 1
-        self._values[self.version] = [
-            value.to(parameter.dtype, copy=True) for parameter, value in zip(self._parameters, values, strict=True)
-        ]
-        self._values.pop(self.version - self._versions - 1, None)
-        self.use(self.version)
-
-
 def _stepping(stage: int, update: int) -> AbstractContextManager[None]:
     """Where nothing is done about a step."""
     return nullcontext()
-
-
-def _own(module: nn.Module, copy: bool) -> nn.Module:
-    return deepcopy(module) if copy else module
-
-
-def _sum(parts: Iterable[Tensor | None]) -> Tensor | None:
-    """The sum, from left to right, of those that are there."""
-    there = [part for part in parts if part is not None]
-    return reduce(torch.add, there) if there else None
 
 
 def _master(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:

@@ -1,9 +1,10 @@
-"""What the workers of all hosts share (``runtime.executor.Worker``): data, random numbers, guests, cancelling."""
+"""What the workers of all hosts share (``runtime.work.Worker``): data, random numbers, guests, cancelling."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from .channels import Tensors
 from .feed import Feed
 from .losses import WindowLosses
 from .random_streams import RandomStreams
-from .replica import Guest, Replica
+from .replica import Guest
 from .stage import copy_buffers, gradients_of, restore_buffers
+from .tied import Replicas, tied_guests
 
 
 class StagesWorker(ABC):
@@ -26,7 +28,7 @@ class StagesWorker(ABC):
         feed: micro-batches by number; ``None`` where no first or last stage is.
         streams: a stream of random numbers for each direction.
         losses: of the windows under way.
-        replicas: the stages here that other ranks hold too.
+        replicas: the stages and tied weights here that other ranks hold too.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class StagesWorker(ABC):
         feed: Feed | None,
         streams: RandomStreams,
         losses: WindowLosses,
-        replicas: Mapping[int, Replica],
+        replicas: Replicas,
     ) -> None:
         self.schedule, self.streams, self.losses, self.replicas = schedule, streams, losses, replicas
         self.feed = feed
@@ -88,6 +90,13 @@ class StagesWorker(ABC):
 
     def parameters(self, stage: int) -> list[nn.Parameter]:
         return [parameter for parameter in self.module(stage).parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def keeping_tied(self) -> Iterator[None]:
+        """Around a step, whose optimizer may know of weights that are at home elsewhere: they stay as they are."""
+        yield
+        for guest in tied_guests(self.replicas):
+            guest.write()
 
     def runs_freely(self, update: Action) -> bool:
         """Whether ``update`` is not of the windows at the start that end with a flush."""

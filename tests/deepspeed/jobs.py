@@ -154,9 +154,9 @@ def weights(engine: Any) -> dict[int, dict[str, Tensor]]:
 
 def plain(engine: Any) -> list[Tensor]:
     """What the engine's optimizer goes on from, in the dtype of the weights."""
-    engine.pipeline.feedback.put_plain()
+    engine.pipeline.put_plain()
     seen = [parameter.detach().to("cpu", copy=True) for parameter in engine.module.parameters()]
-    engine.pipeline.feedback.put_ahead()
+    engine.pipeline.put_ahead()
     return seen
 
 

@@ -10,72 +10,27 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from torch import Tensor, nn
+from deepspeed.pipe import LayerSpec, PipelineModule
+from torch import nn
 
 import amdp_plugin
 from amdp_plugin.deepspeed import engine as engine_module
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.serial import SerialPipeline
 from tests.processes import run_ranks
-from tests.runtime.models import OPTIMIZERS, ROWS, WIDTH, Plain, data, loss
+from tests.runtime.models import OPTIMIZERS, ROWS, Plain, data, loss
 
 from .jobs import Job, assert_same, configuration, finish, stream
+from .tied_layers import Last, Words, head, middles, train_tied
 
 # Tied layers
-
-
-class Words(nn.Module):
-    """One matrix, used as it is in front and transposed at the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1, 1, WIDTH * WIDTH).view(WIDTH, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x @ self.weight)
-
-
-def head(words: Words, x: Tensor) -> Tensor:
-    return x @ words.weight.T
-
-
-class Last(nn.Module):
-    """The last stage in the oracle: a middle layer and the head."""
-
-    def __init__(self, middle: nn.Module) -> None:
-        super().__init__()
-        self.middle, self.words = middle, Words()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return head(self.words, self.middle(x))
-
-
-def middles(stages: int) -> list[Plain]:
-    torch.manual_seed(5)
-    return [Plain() for _ in range(stages)]
-
-
-def train_tied(rank: int, job: Job, dropout: bool = True) -> dict[str, Any]:
-    deepspeed.init_distributed("gloo")
-    inner = middles(job.stages)
-    for layer in inner:
-        layer.dropout.p = 0.2 if dropout else 0.0
-    layers = [TiedLayerSpec("words", Words), *inner, TiedLayerSpec("words", Words, forward_fn=head)]
-    module = PipelineModule(layers, num_stages=job.stages, loss_fn=loss, partition_method="type:Plain")
-    assert module.parts == [0, *range(2, job.stages + 1), job.stages + 2]
-    optimizer = OPTIMIZERS[str(job.optimizer)](list(module.parameters()))
-    engine, *_ = amdp_plugin.initialize(model=module, config=configuration(job), optimizer=optimizer)
-    torch.manual_seed(100 + rank)
-    batches = stream(engine, job)
-    return finish(engine, [float(engine.train_batch(batches)) for _ in range(job.windows)])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize(("stages", "size"), [(4, 4), (4, 8), (2, 2)])
 def test_tied_layers_in_several_directions(stages: int, size: int, optimizer: str) -> None:
     """The replicas of both ends are reduced into one update, which the two homes take alike."""
-    job = Job("amdp", stages, size, optimizer=optimizer)
+    job = Job({"name": "amdp", "decisions": "meeting"}, stages, size, optimizer=optimizer)
     found = run_ranks(stages, train_tied, job)
     inner = middles(stages)
     parts = [nn.Sequential(Words(), inner[0]), *inner[1:-1], Last(inner[-1])]

@@ -180,13 +180,13 @@ def tied(key: str) -> TiedLayerSpec:
 
 def attempt_tied(rank: int, job: Job) -> str:
     deepspeed.init_distributed("gloo")
-    plain = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    plain, stages = [nn.Linear(WIDTH, WIDTH) for _ in range(6)], job.stages
     across = PipelineModule(
-        [tied("words"), *plain, tied("words")], num_stages=2, loss_fn=loss, partition_method="uniform"
+        [tied("words"), *plain, tied("words")], num_stages=stages, loss_fn=loss, partition_method="uniform"
     )
     message = attempt(across, configuration(job))
     within = PipelineModule(
-        [tied("near"), tied("near"), *plain], num_stages=2, loss_fn=loss, partition_method="uniform"
+        [tied("near"), tied("near"), *plain], num_stages=stages, loss_fn=loss, partition_method="uniform"
     )
     optimizer = torch.optim.SGD(within.parameters(), lr=0.1)
     engine, *_ = amdp_plugin.initialize(model=within, config=configuration(job), optimizer=optimizer)
@@ -195,11 +195,12 @@ def attempt_tied(rank: int, job: Job) -> str:
     return message
 
 
-def test_tied_layers_across_stages_are_refused() -> None:
-    """On one stage they work."""
-    for message in run_ranks(2, attempt_tied, Job("paci")):
+@pytest.mark.parametrize("schedule", ["pipedream-2bw", {"name": "amdp", "decisions": "local"}], ids=str)
+def test_tied_layers_across_stages_are_refused(schedule: Any) -> None:
+    """Where stages neither meet nor have their latest weights alone, in one direction. On one stage they work."""
+    for message in run_ranks(4, attempt_tied, Job(schedule, 4, 4)):
         assert "tied layers words live on several stages" in message
-        assert "untie them" in message and '"decisions": "meeting"' in message
+        assert "untie them" in message and "use paci" in message and '"decisions": "meeting"' in message
 
 
 def attempt_partitioned(rank: int, job: Job) -> list[str]:

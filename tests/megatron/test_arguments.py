@@ -107,8 +107,9 @@ def test_an_option_that_is_off_is_not_refused(name: str) -> None:
 
 def test_decisions_common_to_all_stages_are_refused_where_they_do_not_meet() -> None:
     tied, scaled = arguments(untie_embeddings_and_output_weights=False), arguments(fp16=True)
-    with pytest.raises(ValueError, match=r"'paci' cannot be used with tied embeddings: .*--untie-embeddings"):
-        check_arguments(tied, read_schedule("paci", "here"))
+    with pytest.raises(ValueError, match=r"'pipedream-2bw' cannot be used with tied embeddings: .*--untie-embeddings"):
+        check_arguments(tied, read_schedule("pipedream-2bw", "here"))
+    check_arguments(tied, read_schedule("paci", "here"))  # it is a unit of its own there
     with pytest.raises(ValueError, match=r"'paci' cannot be used with --fp16, which scales the loss: .*--bf16"):
         check_arguments(scaled, read_schedule({"name": "paci", "decisions": "latest"}, "here"))
     for schedule in ("amdp", "1f1b", "chimera"):  # amdp: its updates then meet by themselves

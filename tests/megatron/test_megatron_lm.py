@@ -57,8 +57,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def run(folder: Path, grid: str, schedule: str, *more: str, options: Sequence[str | Path] = ()) -> str:
-    """The output of a job that ended well; ``options`` are the launcher's."""
+def run(
+    folder: Path, grid: str, schedule: str, *more: str, options: Sequence[str | Path] = (), without: Sequence[str] = ()
+) -> str:
+    """The output of a job that ended well; ``options`` are the launcher's, ``without`` are arguments to leave out."""
     processes, pipeline, tensor = GRIDS[grid]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     stand_ins = ROOT / "scripts" / "megatron_on_cpu.py"
@@ -66,7 +68,8 @@ def run(folder: Path, grid: str, schedule: str, *more: str, options: Sequence[st
     sizes = ["--pipeline-model-parallel-size", str(pipeline), "--tensor-model-parallel-size", str(tensor)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [*launcher, *script, *ARGUMENTS, *sizes, "--pipeline-schedule", schedule, *more]
+    arguments = [argument for argument in ARGUMENTS if argument not in without]
+    command = [*launcher, *script, *arguments, *sizes, "--pipeline-schedule", schedule, *more]
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -123,6 +126,34 @@ def test_a_resumed_job_goes_on_as_if_it_had_not_ended(
     # What Megatron prints for the second iteration after a load is the mean with the first.
     later = [11, *range(13, ITERATIONS + 1)]
     assert [resumed[number] for number in later] == [went_on[number] for number in later]
+
+
+UNTIED = "--untie-embeddings-and-output-weights"
+
+
+def test_a_tied_embedding_with_the_distributed_optimizer(folder: Path) -> None:
+    """Whose parts are exchanged between two replicas of each stage, and reduced within a backward where nothing is
+    tied."""
+    more = ("--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce")
+    found, expected = (losses(run(folder, "PP2 DP2", name, *more, without=[UNTIED])) for name in ("paci", "stock"))
+    assert found[1] == expected[1] and float(found[ITERATIONS]) < float(found[1]) - 0.3
+
+
+@pytest.mark.parametrize(("grid", "more"), [("PP4", ()), ("PP2 TP2", ("--bf16",))])
+def test_a_tied_embedding_under_paci(folder: Path, grid: str, more: Sequence[str], tmp_path: Path) -> None:
+    """It learns, is evaluated, saved and resumed as if it had not ended; stock goes on from what it saved."""
+    quiet = ("--attention-dropout", "0", "--hidden-dropout", "0", "--ckpt-format", "torch_dist", *more)
+    output = run(folder, grid, "paci", *quiet, "--save", str(tmp_path / "whole"), without=[UNTIED])
+    went_on, expected = losses(output), losses(run(folder, grid, "stock", *quiet, without=[UNTIED]))
+    assert went_on[1] == expected[1] and float(went_on[ITERATIONS]) < float(went_on[1]) - 0.5
+    assert "tied weight" in output
+    shutil.copytree(tmp_path / "whole" / "iter_0000010", tmp_path / "half" / "iter_0000010")
+    (tmp_path / "half" / "latest_checkpointed_iteration.txt").write_text("10")
+    resumed = losses(run(folder, grid, "paci", *quiet, "--load", str(tmp_path / "half"), without=[UNTIED]))
+    later = [11, *range(13, ITERATIONS + 1)]
+    assert [resumed[number] for number in later] == [went_on[number] for number in later]
+    loaded = run(folder, grid, "stock", *quiet, "--load", str(tmp_path / "whole"), without=[UNTIED])
+    assert evaluations(loaded)[-2:] == evaluations(output)[-2:]
 
 
 @pytest.mark.parametrize(("more", "form"), [((), "torch"), (("--bf16",), "torch_dist")])

@@ -102,7 +102,7 @@ def attempt_the_rest(rank: int, job: Job) -> dict[str, str]:
         "chunks": attempt(trainer, "paci", model=[trainer.chunk, other.chunk]),
         "without DDP": attempt(trainer, "paci", model=trainer.bare),
         "window": attempt(trainer, "amdp", num_microbatches=3),
-        "tied": attempt(tied, "paci"),
+        "tied": attempt(tied, "pipedream-2bw"),
         "tied, independent": attempt(tied, {"name": "amdp", "decisions": "local"}),
         "parked": attempt(trainer, {"name": "amdp", "parked": True}),
         "costs": attempt(trainer, {"name": "paci", "stage_costs": [1.0, 1.0]}),

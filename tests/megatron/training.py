@@ -150,7 +150,7 @@ class Trainer:
             hook.quiesce()
         plain = copies(self.bare)
         if hook is not None:
-            hook.pipeline.feedback.put_ahead()
+            hook.pipeline.put_ahead()
         return {
             "stage": self.stage,
             "replica": parallel_state.get_data_parallel_rank(),

@@ -36,6 +36,16 @@ def test_stages_of_different_weight():
     assert json.loads(amdp(*heavy, text=True).stdout)["utilization"] == pytest.approx(5 / 8, abs=0.01)
 
 
+def test_tied_weights():
+    """Units of their own, numbered after the stages; again for a further one."""
+    tied = [*PACI, "--tied", "0,3", "--tied", "1,2"]
+    last = amdp(*tied, "--format", "csv", text=True).stdout.splitlines()[3]
+    assert last.startswith("3F0,3B0,3F1,3B1,3F2,3B2,3F3,3B3,4R0,3U0,")
+    found = json.loads(amdp(*tied, "--format", "json", text=True).stdout)["tied"]
+    assert [(each["unit"], each["stages"]) for each in found] == [(4, [0, 3]), (5, [1, 2])]
+    assert "'0-3'" in amdp(*PACI, "--tied", "0-3", text=True).stderr
+
+
 @pytest.mark.parametrize(
     "format,start",
     [("json", b"{\n"), ("csv", b"0F0,0F1,0F2,0F3,0B0,"), ("png", b"\x89PNG"), ("trace", b'{"displayTimeUnit"')],

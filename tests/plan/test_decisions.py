@@ -27,10 +27,10 @@ def latest(name: str, stages: int, micro_batches: int, **options: Any) -> Planne
 
 
 def without(program: Program, stage: int, window: int) -> set[tuple[int, Action]]:
-    """Everything that can still happen where ``stage`` never has its whole gradient of ``window``: law by law, not by
-    the means of the code."""
+    """Everything that can still happen where ``stage`` never has its own gradient of ``window``, with those of its
+    replicas: law by law, not by the means of the code."""
     schedule = program.schedule
-    home, *guests = schedule.placement.holders[stage]
+    unit, (home, *guests) = stage, schedule.placement.holders[stage]
     kind = REDUCE if guests else BACKWARD
     done: set[tuple[int, Action]] = set()
     positions, moved = [0] * len(program.rows), True
@@ -39,7 +39,7 @@ def without(program: Program, stage: int, window: int) -> set[tuple[int, Action]
         for rank, row in enumerate(program.rows):
             while positions[rank] < len(row):
                 action = row[positions[rank]]
-                is_it = (rank, action.stage, action.kind) == (home, stage, kind)
+                is_it = (rank, action.stage, action.kind) == (home, unit, kind)
                 whole = action.index == window if guests else action.index == (window + 1) * schedule.micro_batches - 1
                 needs = schedule.dependencies(rank, action)
                 if (is_it and whole) or any(place not in done for place in needs):
@@ -51,12 +51,16 @@ def without(program: Program, stage: int, window: int) -> set[tuple[int, Action]
 
 SHAPES = [("paci", 2, 1), ("paci", 4, 1), ("paci", 4, 2), ("paci", 4, 8), ("paci", 5, 4), ("pipedream-2bw", 3, 3),
           ("amdp", 4, 4), ("amdp", 4, 8), ("amdp", 6, 6)]  # fmt: skip
+TIED = [(2, 2, (0, 1)), (4, 1, (0, 3)), (4, 4, (0, 3)), (4, 4, (1, 3)), (4, 2, (1, 2, 3)), (5, 3, (2, 4))]
 
 
-@pytest.mark.parametrize(("name", "stages", "size"), SHAPES)
-def test_a_sum_is_made_before_its_update_whatever_is_late(name: str, stages: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "stages", "size", "tied"),
+    [*((*shape, ()) for shape in SHAPES), *(("paci", stages, size, (weight,)) for stages, size, weight in TIED)],
+)
+def test_a_sum_is_made_before_its_update_whatever_is_late(name: str, stages: int, size: int, tied: Any) -> None:
     """And the one of a window later would not always be."""
-    planner = latest(name, stages, size)
+    planner = latest(name, stages, size, tied=tied)
     ago = windows_ago(planner)
     assert ago is not None
     last = planner.settled_windows().stop

@@ -69,6 +69,11 @@ def build_stages(kind: str, num_stages: int, dtype: torch.dtype = torch.float32)
     return stages
 
 
+def shared(stage: nn.Module) -> nn.Parameter:
+    """The weight that stages share, where they do."""
+    return next(parameter for parameter in stage.parameters() if parameter.shape == (WIDTH, WIDTH))
+
+
 def loss(output: Tensor | tuple[Tensor, ...], label: Tensor) -> Tensor:
     """Mean squared error of all floating-point outputs."""
     outputs = (output,) if isinstance(output, Tensor) else output

@@ -23,11 +23,12 @@ from amdp_plugin.runtime.feedback import ErrorFeedback
 from amdp_plugin.runtime.pipeline import stage_links
 from amdp_plugin.runtime.plain import PlainWorker
 from amdp_plugin.runtime.serial import SerialPipeline
+from amdp_plugin.runtime.tied import tied_guests
 from amdp_plugin.runtime.transport import Transport
 from amdp_plugin.runtime.watch import Watch
 from tests import devices
 
-from .models import OPTIMIZERS, build_stages, data, loss
+from .models import OPTIMIZERS, build_stages, data, loss, shared
 
 AMDP_SHAPES: list[tuple[int, int, dict[str, Any]]] = [
     (2, 2, {}),
@@ -58,9 +59,17 @@ class Case(NamedTuple):
     stage_costs: tuple[float, ...] = ()
     dynamic_shapes: bool = False
     clipping: float = 0.0
+    tied: tuple[tuple[int, ...], ...] = ()
 
     def make(self) -> Any:
-        return make(self.schedule, self.stages, self.micro_batches, **dict(self.options))
+        return make(self.schedule, self.stages, self.micro_batches, tied=self.tied, **dict(self.options))
+
+    def build(self) -> list[nn.Module]:
+        built = build_stages(self.kind, self.stages, self.dtype)
+        for home, *guests in self.tied:
+            for guest in guests:
+                shared(built[guest]).data.copy_(shared(built[home]).data)
+        return built
 
     def costs(self) -> CostModel:
         return CostModel.relative(self.stages, stage_costs=self.stage_costs)
@@ -93,7 +102,7 @@ def make_executor(
     schedule, placement = planner.schedule, planner.schedule.placement
     watch = Watch(rank, timeout_seconds)
     channels = Channels(make_transport(stage_links(placement)), watch, keep_sent(schedule), case.dynamic_shapes)
-    built = build_stages(case.kind, case.stages, case.dtype)
+    built = case.build()
     modules = {stage: built[stage].to(devices.device()) for stage in placement.stages[rank]}
     optimizers = {
         stage: OPTIMIZERS[case.optimizer](list(module.parameters()))
@@ -102,13 +111,14 @@ def make_executor(
     }
     reads = any(placement.is_end(rank, micro_batch) for micro_batch in range(placement.directions))
     micro_batches = (placed(case.dtype) if feed is None else feed) if reads else None
+    tied = [shared(modules[rank]) if rank in stages else None for stages in case.tied]
     worker = PlainWorker(
-        schedule, rank, modules, optimizers, loss, micro_batches, planned_coefficient(planner), case.clipping
+        schedule, rank, modules, optimizers, loss, micro_batches, planned_coefficient(planner), case.clipping, tied
     )
     exchange = None
-    if worker.replicas:
-        gradients, weights = make_transport(gradient_links(placement)), make_transport(weight_links(placement))
-        exchange = Exchange(placement, worker.replicas, gradients, weights, watch, gradient_buffers)
+    if schedule.reduces or schedule.tied:
+        gradients, weights = make_transport(gradient_links(schedule)), make_transport(weight_links(schedule))
+        exchange = Exchange(schedule, worker.replicas, gradients, weights, watch, gradient_buffers)
     torch.manual_seed(100 + rank)
     opening = schedule.opening()
     first = Planner(opening, case.costs()) if opening else None
@@ -124,8 +134,9 @@ def make_executor(
 
 def make_oracle(case: Case) -> SerialPipeline:
     """The same job in one process."""
+    stages = [stage.to(devices.device()) for stage in case.build()]
     return SerialPipeline(
-        [stage.to(devices.device()) for stage in build_stages(case.kind, case.stages, case.dtype)],
+        stages,
         OPTIMIZERS[case.optimizer],
         loss,
         case.make(),
@@ -133,6 +144,7 @@ def make_oracle(case: Case) -> SerialPipeline:
         seeds=[100 + stage for stage in range(case.stages)],
         measure=squares,
         decide=partial(clip, case.clipping),
+        tied=[[(stage, shared(stages[stage])) for stage in weight] for weight in case.tied],
     )
 
 
@@ -174,7 +186,7 @@ def result(executor: Executor, worker: PlainWorker) -> dict[str, Any]:
             for stage, module in worker.modules.items()
         },
         "plain": {
-            stage: [value.to("cpu") for value in plain(worker.modules[stage], feedback)]
+            stage: [value.to("cpu") for value in plain(worker, stage, feedback)]
             for stage, feedback in worker.feedback.items()
         },
         "random": worker.streams.states(),
@@ -184,10 +196,12 @@ def result(executor: Executor, worker: PlainWorker) -> dict[str, Any]:
     }
 
 
-def plain(module: nn.Module, feedback: ErrorFeedback) -> list[Tensor]:
-    """The plain iterate, as an evaluation sees it."""
+def plain(worker: PlainWorker, stage: int, feedback: ErrorFeedback) -> list[Tensor]:
+    """The plain iterate, as an evaluation sees it, of what has its home here."""
+    guests = [guest._parameter for guest in tied_guests(worker.replicas)]
+    own = [each for each in worker.modules[stage].parameters() if not any(each is guest for guest in guests)]
     feedback.put_plain()
-    seen = [parameter.detach().clone() for parameter in module.parameters()]
+    seen = [parameter.detach().clone() for parameter in own]
     feedback.put_ahead()
     return seen
 

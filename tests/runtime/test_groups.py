@@ -68,7 +68,7 @@ def test_traces_hold_the_actions_names() -> None:
 def test_links_of_the_busiest_rank(schedule: Schedule, links: int) -> None:
     """A middle rank of 8 sends to and hears from two neighbours. Under amdp it is home to one stage with three guests
     and a guest of three: gradients and weights, each way."""
-    assert most_links(schedule.placement) == links
+    assert most_links(schedule) == links
 
 
 def test_messages_leave_multiprocessors_to_the_stages() -> None:

@@ -28,6 +28,8 @@ CASES = [
     Case("1f1b", 3, 4, dynamic_shapes=True),
     Case("paci", 4, 2, "tuples", dynamic_shapes=True),
     Case("amdp", 4, 8, dynamic_shapes=True),
+    Case("paci", 4, 1, tied=((0, 3),)),
+    Case("paci", 4, 4, tied=((0, 3), (1, 2))),
 ]
 PARTS = (2, 1, 3)
 _made: list[RendezvousTransport] = []
@@ -66,7 +68,7 @@ def train(rank: int, case: Case, buffers: int, timeout_seconds: float = 60) -> d
 
 def name(case: Case) -> str:
     grown = "-dynamic" if case.dynamic_shapes else ""
-    return f"{case.schedule}-{case.stages}-{case.micro_batches}{grown}"
+    return f"{case.schedule}-{case.stages}-{case.micro_batches}{grown}{'-tied' if case.tied else ''}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

@@ -8,13 +8,14 @@ through the entry-point group ``amdp_plugin.schedules``: the entry's name is the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ..schedule import Schedule
+from ..sharing import Tied
 from .amdp import amdp
 from .chimera import chimera
 from .gpipe import gpipe
@@ -113,6 +114,7 @@ def make(
     strength: float = 1.0,
     flush_first: int = 0,
     decisions: str = "auto",
+    tied: Sequence[Sequence[int]] = (),
     **chosen: Any,
 ) -> Schedule:
     """Schedule ``name`` for a pipeline of ``num_stages`` and windows of ``micro_batches``.
@@ -121,6 +123,8 @@ def make(
         compensation: what is done about gradients that are late; ``strength`` goes with it. See :class:`.Schedule`.
         flush_first: windows at the start of a job that end with a flush all the same.
         decisions: how stages decide what concerns all of them; ``"auto"``: as the schedule itself has it. See
+            :class:`.Schedule`.
+        tied: for every weight that stages share and that is to be a unit of its own, those stages. See
             :class:`.Schedule`.
         chosen: the schedule's own options.
 
@@ -156,7 +160,8 @@ def make(
                 f"leave out {decisions!r}"
             )
         told.update(decisions=decisions)
-    return _told(made, told) if told else made
+    made = _told(made, told) if told else made
+    return _with_tied(made, tuple(map(tuple, tied))) if tied else made
 
 
 def _gaps_of_meetings(schedule: Schedule) -> tuple[int, ...]:
@@ -176,6 +181,12 @@ def _told(schedule: Schedule, told: Mapping[str, Any]) -> Schedule:
     smaller = schedule.smaller and partial(_smaller, schedule.smaller, told)
     options = {**schedule.options, **told}
     return replace(schedule, **told, max_gap=gaps, alternatives=alternatives, smaller=smaller, options=options)
+
+
+def _with_tied(schedule: Schedule, tied: Tied) -> Schedule:
+    """``schedule`` and its alternatives with tied weights; on smaller likes, which have other stages, none."""
+    alternatives = tuple(_with_tied(each, tied) for each in schedule.alternatives)
+    return replace(schedule, tied=tied, alternatives=alternatives, options={**schedule.options, "tied": tied})
 
 
 def _smaller(made: Callable[[int], Schedule], told: Mapping[str, Any], at_most: int) -> Schedule:
