@@ -194,7 +194,8 @@ class SerialPipeline:
         if stage > 0:
             inputs = tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in inputs)
         window, first = index // self.schedule.micro_batches, self._first
-        version = first + self._played.forward_version(window - first, replica.version - first)
+        entered = self._flying[0, index][2] if stage else replica.version
+        version = first + self._played.forward_version(window - first, replica.version - first, entered - first)
         replica.use(version)
         if self._extrapolation is not None and self._played.extrapolates:
             replica.compute_with(self._extrapolation.forward(stage, window, version))
