@@ -8,7 +8,6 @@ tool: train any sequential model under any schedule on one device, and see what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import reduce
 from typing import Any, NamedTuple
@@ -106,6 +105,7 @@ class SerialPipeline:
             for stage in stages
         ]
         self.optimizers = [make_optimizer(masters) for masters in self._masters]
+        self._extrapolation = SerialExtrapolation(self._masters, self.optimizers)
         ranks, present = range(schedule.num_ranks), torch.get_rng_state()
         states = [_random_state(seed) for seed in seeds] if seeds else [present.clone() for _ in ranks]
         self.random_states = [self._streams(state) for state in states]
@@ -113,7 +113,6 @@ class SerialPipeline:
         self._losses: dict[int, Tensor] = {}
         self._gathered: set[int] = set()
         self._coefficient = 0.0
-        self._extrapolation: SerialExtrapolation | None = None
         self._latest: dict[int, list[Tensor]] = {}
         self._flying: dict[tuple[int, int], tuple[Tensors, Tensors, int]] = {}
         self._messages: dict[tuple[int, str, int], Tensors] = {}
@@ -146,10 +145,8 @@ class SerialPipeline:
             ProgramError: before anything is trained, when the program of the schedule breaks a law.
         """
         planner, first = Planner(self.schedule, self._costs), self.versions[0]
-        opening, extrapolation = planner.schedule.opening(), planned_extrapolation(planner)
-        if extrapolation is not None:
-            self._extrapolation = self._extrapolation or SerialExtrapolation(self._masters, self.optimizers)
-            self._extrapolation.begin(extrapolation)
+        opening = planner.schedule.opening()
+        self._extrapolation.begin(planned_extrapolation(planner))
         self._losses.clear()
         flushed = min(windows, max(0, self.schedule.flush_first - first))
         losses = self._play(Planner(opening, self._costs), data, flushed) if opening and flushed else []
@@ -160,12 +157,11 @@ class SerialPipeline:
         program, self._coefficient = planner.program(windows), planned_coefficient(planner) or 0.0
         verify(program)
         self._played = planner.schedule
+        self._extrapolation.restart(self._played.extrapolates)
         size, first = self.schedule.micro_batches, self.versions[0]
         numbers = range(first * size, (first + windows) * size)
         self._data = {number: next(data) for number in numbers}
         self._first = first
-        if self._extrapolation is not None:
-            self._extrapolation.restart()
         for rank, action in play(program):
             action = action.shifted(first, size)
             if action.window(size) < first + windows:
@@ -197,8 +193,7 @@ class SerialPipeline:
         entered = self._flying[0, index][2] if stage else replica.version
         version = first + self._played.forward_version(window - first, replica.version - first, entered - first)
         replica.use(version)
-        if self._extrapolation is not None and self._played.extrapolates:
-            replica.compute_with(self._extrapolation.forward(stage, window, version))
+        replica.compute_with(self._extrapolation.forward(stage, window, version))
         output = replica.module(inputs[0] if len(inputs) == 1 else inputs)
         if stage == len(self.stages) - 1:
             output = self._loss(output, self._data[index][1])
@@ -213,9 +208,7 @@ class SerialPipeline:
         used = Used(forward, self._played.backward_version(forward, replica.version))
         self.used[stage, index] = used
         replica.use(used.backward)
-        if self._extrapolation is not None and self._played.extrapolates:
-            window = index // self.schedule.micro_batches
-            replica.compute_with(self._extrapolation.backward(stage, window, *used))
+        replica.compute_with(self._extrapolation.backward(stage, index // self.schedule.micro_batches, *used))
         if stage == len(self.stages) - 1:
             (outputs[0] / self.schedule.micro_batches).backward()
         else:
@@ -237,8 +230,7 @@ class SerialPipeline:
                 self._before_step([master for each in met for master in self._gather(each)])
             self._gathered.discard(stage)
             before = [tensor.clone() for tensor in self.plain(stage)] if self._coefficient else None
-            stepping = self._extrapolation.stepping if self._extrapolation is not None else _stepping
-            with stepping(stage, replica.version):
+            with self._extrapolation.stepping(stage, replica.version):
                 self.optimizers[stage].step()
             self.optimizers[stage].zero_grad(set_to_none=True)
             self._latest[stage] = self._ahead(self.plain(stage), before)
@@ -302,11 +294,12 @@ class _Replica:
                 parameter.data.copy_(value)
             self._used = version
 
-    def compute_with(self, values: list[Tensor]) -> None:
-        """Compute with ``values``, which are no version, until the next :meth:`use`."""
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.data.copy_(value)
-        self._used = NO_VERSION
+    def compute_with(self, values: list[Tensor] | None) -> None:
+        """Compute with ``values``, where there are some, which are no version, until the next :meth:`use`."""
+        if values is not None:
+            for parameter, value in zip(self._parameters, values, strict=True):
+                parameter.data.copy_(value)
+            self._used = NO_VERSION
 
     def accumulate(self) -> None:
         """After a backward: with a master dtype, the sum is kept in it."""
@@ -334,11 +327,6 @@ class _Replica:
         ]
         self._values.pop(self.version - self._versions - 1, None)
         self.use(self.version)
-
-
-def _stepping(stage: int, update: int) -> AbstractContextManager[None]:
-    """Where nothing is done about a step."""
-    return nullcontext()
 
 
 def _own(module: nn.Module, copy: bool) -> nn.Module:
