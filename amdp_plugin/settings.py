@@ -15,6 +15,62 @@ from .plan.schedules.options import COMMON, CommonOptions, read_value
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a job wants all stages to decide at every update.
+
+    Args:
+        norm: a norm to clip by.
+        exact: what no stage can decide by what it knows already: a loss scale, or the gradient of a weight that several
+            stages hold.
+    """
+
+    norm: bool = False
+    exact: bool = False
+
+    def decisions(self, schedule: Schedule) -> str:
+        """How a free-running ``schedule`` decides where its user leaves that open: exactly, and in a meeting where
+        decisions cannot be relayed, where nothing less will do; else without anybody waiting."""
+        if self.exact and schedule.weights == "latest":
+            return "relayed" if scales_with_windows(schedule) else "meeting"
+        return "latest" if self.norm else "local"
+
+
+NOTHING = Needs()
+
+
+def scales_with_windows(schedule: Schedule) -> bool:
+    """Whether, with relayed decisions, all gradients of a window have one loss scale when it closes, which is the one
+    of its update."""
+    first, *_, last = (*schedule.in_flight, schedule.in_flight[-1])
+    return schedule.placement.directions == 1 and first <= schedule.micro_batches and last == 1
+
+
+def check_loss_scale(schedule: Schedule, where: str, instead: str) -> None:
+    """Refuse ``schedule`` where the loss is scaled and it cannot decide about that.
+
+    Args:
+        where: what asks for it, in the words of the host.
+        instead: what needs none.
+
+    Raises:
+        ValueError: with the reason and what to do.
+    """
+    if schedule.updates_meet or (schedule.decisions == "relayed" and scales_with_windows(schedule)):
+        return
+    if schedule.decisions == "relayed":
+        why = (
+            f"relayed decisions change it between windows of at least {schedule.in_flight[0]} micro-batches, with one "
+            f"in flight on the last stage; these are of {schedule.micro_batches}, with {schedule.in_flight[-1]}"
+        )
+    else:
+        why = "all stages must decide together, at every step, whether to skip it"
+    raise ValueError(
+        f"schedule {schedule.name!r} cannot be used with {where}, which scales the loss: {why}; use {instead}, "
+        '"decisions": "relayed" (paci) or "meeting", or a schedule that flushes (1f1b)'
+    )
+
+
+@dataclass(frozen=True)
 class ScheduleSettings(CommonOptions):
     """Which schedule to run, and what it was told.
 
@@ -37,23 +93,25 @@ class ScheduleSettings(CommonOptions):
             stage_costs=self.stage_costs or (),
         )
 
-    def make(self, num_stages: int, micro_batches: int, meet: bool = False) -> Schedule:
+    def make(self, num_stages: int, micro_batches: int, needs: Needs = NOTHING) -> Schedule:
         """The schedule for a pipeline of ``num_stages`` and windows (optimizer steps) of ``micro_batches``.
 
         Args:
-            meet: whether the job wants one decision of all stages at every update (a norm, a loss scale, a tied
-                weight). Schedules that leave it open (``"updates": "auto"``) then update together.
+            needs: what the job wants all stages to decide. It says which way ``"decisions": "auto"`` is.
 
         Raises:
             ValueError: when the numbers make no schedule.
         """
-        chosen, updates = dict(self.options), schedules.options(self.name).get("updates")
-        if meet and updates is not None and chosen.get("updates", updates.default) == "auto":
-            chosen["updates"] = "together"
-        return schedules.make(
-            self.name, num_stages, micro_batches, compensation=self.compensation, strength=self.strength,
-            flush_first=self.flush_first, **chosen,
-        )  # fmt: skip
+        told = dict(compensation=self.compensation, strength=self.strength, flush_first=self.flush_first)
+        made = schedules.make(
+            self.name, num_stages, micro_batches, **told, decisions=self.decisions, **self.options  # type: ignore[arg-type]
+        )
+        if self.decisions != "auto" or made.updates_meet:
+            return made
+        decisions = needs.decisions(made)
+        if decisions == made.decisions:
+            return made
+        return schedules.make(self.name, num_stages, micro_batches, **told, decisions=decisions, **self.options)  # type: ignore[arg-type]
 
 
 def read_schedule(section: Any, where: str) -> ScheduleSettings:

@@ -10,14 +10,14 @@ import pytest
 
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.schedules import make
-from amdp_plugin.settings import ScheduleSettings, read_schedule
+from amdp_plugin.settings import NOTHING, Needs, ScheduleSettings, read_schedule
 
 WHERE = "--pipeline-schedule"
 
 
 def test_a_name_alone_takes_every_default() -> None:
     settings = read_schedule("paci", WHERE)
-    assert settings == ScheduleSettings("paci", 600.0, 2.0, 0.0, None, "none", 1.0, 0, {})
+    assert settings == ScheduleSettings("paci", 600.0, 2.0, 0.0, None, "none", 1.0, 0, "auto", {})
     assert settings.make(4, 8) == make("paci", 4, 8)
     assert settings.costs(4) == CostModel.uniform(4)
 
@@ -41,15 +41,20 @@ def test_options_reach_the_schedule_and_the_costs() -> None:
     assert settings.costs(2) == CostModel((1.0, 2.0), (1.5, 3.0), (0.0, 0.0), link_latency=0.25)
 
 
-def test_what_is_left_open_meets_where_the_job_wants_it() -> None:
-    """``auto`` written or left out; what was said stays."""
-    for section in ("amdp", {"name": "amdp", "updates": "auto"}):
-        settings = read_schedule(section, WHERE)
-        assert not settings.make(4, 8).updates_meet
-        assert settings.make(4, 8, meet=True).updates_meet
-    said = read_schedule({"name": "amdp", "updates": "independent"}, WHERE)
-    assert not said.make(4, 8, meet=True).updates_meet
-    assert not read_schedule("paci", WHERE).make(4, 8, meet=True).updates_meet
+@pytest.mark.parametrize("written", [{}, {"decisions": "auto"}])
+def test_what_is_left_open_is_decided_as_the_job_needs_it(written: dict[str, str]) -> None:
+    """Nobody waits for a norm; what was said stays; under a flush there is nothing to say."""
+
+    def decisions(name: str, needs: Needs, **said: str) -> str:
+        return read_schedule({"name": name, **written, **said}, WHERE).make(4, 8, needs).decisions
+
+    norm, scale = Needs(norm=True), Needs(norm=True, exact=True)
+    assert [decisions("paci", needs) for needs in (NOTHING, norm, scale)] == ["local", "latest", "relayed"]
+    assert [decisions("pipedream-2bw", needs) for needs in (NOTHING, norm, scale)] == ["local", "latest", "latest"]
+    assert [decisions("amdp", needs) for needs in (NOTHING, norm, scale)] == ["local", "latest", "meeting"]
+    assert decisions("amdp", scale, decisions="local") == decisions("paci", norm, decisions="local") == "local"
+    assert read_schedule({"name": "1f1b", **written}, WHERE).make(4, 8, scale).updates_meet
+    assert decisions("chimera", scale) == "meeting"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from .recording import PROGRESS, Evaluation, RankRecord, Step
 
 KEPT_EVENTS = 200_000
 MEASURED_STEP = 2
-"""The step in which memory is measured: the first one makes the optimizer's state."""
+"""The step in which memory is measured: the first update makes the optimizer's state."""
 WRITE_EVERY_SECONDS = 60.0
 
 
@@ -34,10 +34,13 @@ class Journal:
         """Of the latest step; 0 before the first."""
         return self._steps[-1][0].step if self._steps else 0
 
-    @property
-    def next_is_measured(self) -> bool:
-        """Whether the step to come is the one in which memory is measured."""
-        return len(self._steps) + 1 == MEASURED_STEP
+    def measures_next(self, windows_late: int) -> bool:
+        """Whether the step to come is the one in which memory is measured.
+
+        Args:
+            windows_late: steps that an update stands behind the end of its window, at most.
+        """
+        return len(self._steps) + 1 == MEASURED_STEP + windows_late
 
     @property
     def steps(self) -> list[Step]:

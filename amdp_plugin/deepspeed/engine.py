@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import logger
@@ -17,17 +18,20 @@ from deepspeed.utils import logger
 from ..plan.action import Action
 from ..plan.schedule import Schedule
 from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_table
+from ..runtime.decisions import Decisions
 from ..runtime.executor import Executor
 from ..runtime.pipeline import Pipeline, Site
 from ..runtime.replica import Guest
+from ..settings import check_loss_scale
 from .checkpoint import AHEAD, MEANS, RANDOM_STATE, load_beside, save_beside
 from .config import read_settings
 from .feedback import error_feedback
 from .guests import build_replicas, layers, sum_dtype
 from .instructions import RunAction, WindowSchedule
 from .losses import broken, summed
-from .meeting import StageGrid, clip_by_whole_norm, groups_of, make_stage_local, must_meet
+from .meeting import StageGrid, clip_by_whole_norm, decided_by, groups_of, make_stage_local, needs
 from .random_state import GENERATORS
+from .sums import stage_squares
 from .worker import EngineWorker
 
 SHAPES_HINT = (
@@ -123,9 +127,10 @@ class ScheduledPipelineEngine(PipelineEngine):
     def eval_batch(self, data_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's ``eval_batch``, on the weights after the latest update; with error feedback on the plain iterate,
         which stays in the weights until the next window. Training goes on afterwards as if it had not been called:
-        what is in flight stays, and it draws no random numbers."""
+        what is in flight stays, and it draws no random numbers. Where decisions are relayed, stages would be at
+        different updates: there it is cancelled first, as for a checkpoint."""
         with self._aside(), self._acting_as(self.stage_id), self.pipeline.watch.guard("evaluation", None):
-            self.pipeline.feedback.put_plain()
+            self.pipeline.settle()
             return super().eval_batch(data_iter, *args, **kwargs)
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -197,10 +202,11 @@ class ScheduledPipelineEngine(PipelineEngine):
         """The memory that replicas exchange gradients and weights through on this rank."""
         return self.pipeline.exchange_buffers()
 
-    def guest_gradients(self) -> Iterable[torch.Tensor]:
-        """The sums of gradients of this rank's guests."""
+    def other_gradients(self) -> Iterable[torch.Tensor]:
+        """The sums of gradients of this rank's guests, and of windows that wait for their update."""
         replicas = self.pipeline.replicas.values()
-        return (flat for replica in replicas if isinstance(replica, Guest) for flat in replica.gradients)
+        guests = (flat for replica in replicas if isinstance(replica, Guest) for flat in replica.gradients)
+        return (*guests, *self.pipeline.parked_gradients())
 
     def other_weights(self) -> Iterable[torch.Tensor]:
         """Versions that the schedule uses, and the plain iterate, where they are kept beside the weights."""
@@ -256,6 +262,30 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._exec_load_micro_batch(buffer_id)
         self._loading = None
 
+    def present_loss_scale(self) -> float:
+        """That of a backward that begins now: DeepSpeed 0.19.8 scales the loss with ZeRO alone."""
+        scales = self.fp16_enabled() and isinstance(self.optimizer, ZeROOptimizer)
+        return float(self.optimizer.loss_scale) if scales else 1.0
+
+    def tell(self, update: Action) -> None:
+        """The gradient of a window is whole and reduced: tell the other stages what they decide by."""
+        if self._decisions is not None:
+            self._decisions.tell(update, stage_squares(self, self._norm_grid))
+
+    @contextmanager
+    def deciding(self, update: Action) -> Iterator[None]:
+        """Let this update go by the norm, and the overflow, that the schedule's decisions say."""
+        if self._decisions is None:
+            yield
+            return
+        with self._decisions.update(update) as answers, decided_by(answers, self.optimizer, self._norm_grid):
+            yield
+
+    @property
+    def _decisions(self) -> Decisions | None:
+        """Where there is something to decide."""
+        return self.pipeline.decisions if self.gradient_clipping() > 0 or self.fp16_enabled() else None
+
     def report_losses(self, window: int, direction: int) -> None:
         """On the last stage of ``direction``: average its losses as DeepSpeed does, and send them to all ranks."""
         numbers = self.executor.schedule.micro_batches_of(window, direction)
@@ -297,8 +327,11 @@ class ScheduledPipelineEngine(PipelineEngine):
         return (self.stage_id, *self.__dict__.get("guests", ()))
 
     def _make_schedule(self, micro_batches: int) -> Schedule:
-        meet = must_meet(self.module, self.gradient_clipping(), self.fp16_enabled())
-        return self.settings.make(self.num_stages, micro_batches, meet)
+        wanted = needs(self.module, self.gradient_clipping(), self.fp16_enabled())
+        schedule = self.settings.make(self.num_stages, micro_batches, wanted)
+        if self.fp16_enabled():
+            check_loss_scale(schedule, '"fp16"', '"bf16"')
+        return schedule
 
     def _num_buffers(self, schedule: Schedule) -> int:
         """The most micro-batches that are in flight on the home stage at once."""
@@ -317,10 +350,13 @@ class ScheduledPipelineEngine(PipelineEngine):
         schedule = self.pipeline.schedule
         worker = EngineWorker(self, schedule, self._num_buffers(schedule))
         self.pipeline.start(worker, self.global_steps, [self.module, *self.guests.values()])
-        lines = [clipping_line(self.gradient_clipping(), schedule.updates_meet)]
-        if schedule.reduces or self.pipeline.keeps_weights:
-            guests, kept = list(self.guests.values()), self.pipeline.bytes_kept()
-            held = Held([self.module], guests, sum_dtype(self.optimizer), self.exchange_buffers(), *kept)
+        lines = [clipping_line(self.gradient_clipping(), schedule)]
+        if self.pipeline.holds_more:
+            parked = self.pipeline.most_parked
+            guests, (plain, extrapolated) = list(self.guests.values()), self.pipeline.bytes_kept()
+            held = Held(
+                [self.module], guests, sum_dtype(self.optimizer), self.exchange_buffers(), plain, parked, extrapolated
+            )
             lines += memory_table(held, self.grid.get_pipe_parallel_group(), self.device)
         if self.global_rank == 0:
             print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)

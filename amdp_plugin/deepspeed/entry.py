@@ -16,10 +16,10 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch import nn
 
 from ..runtime.runnable import check_homes, check_runnable
-from ..settings import ScheduleSettings
+from ..settings import ScheduleSettings, check_loss_scale
 from .config import check_compatible, check_topology, enabled, offloads, read_settings
 from .engine import ScheduledPipelineEngine
-from .meeting import must_meet, tied_across_stages
+from .meeting import needs, tied_across_stages
 
 Engines = tuple[Any, Any, Any, Any]
 
@@ -94,9 +94,8 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
     check_topology(config["pipeline"], grid.model_parallel_size, settings)
     tied, fp16 = tied_across_stages(model), enabled(config, "fp16")
     clipping = config.get("gradient_clipping", 1.0)  # DeepSpeed's default
-    meet = must_meet(model, clipping, fp16)
     size = _window(config, grid.data_parallel_size)
-    schedule = settings.make(grid.pipe_parallel_size, size, meet)
+    schedule = settings.make(grid.pipe_parallel_size, size, needs(model, clipping, fp16))
     settings.costs(schedule.num_stages)  # refuses what is wrong with them
     check_runnable(schedule)
     check_homes(schedule)
@@ -115,11 +114,7 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
         refuse(
             f"the tied layers {', '.join(tied)} live on several stages, whose gradients must meet at every "
             "step; untie them (LayerSpec for TiedLayerSpec), keep them on one stage, or use a schedule whose updates "
-            'meet (amdp with "updates": "together", or 1f1b)'
+            'meet (amdp with "decisions": "meeting", or 1f1b)'
         )
     if fp16:
-        refuse(
-            '"fp16" scales the loss, so that all stages must decide together, at every step, whether to skip it; use '
-            '"bf16", which needs no loss scale, or a schedule whose updates meet (amdp with "updates": "together", '
-            "or 1f1b)"
-        )
+        check_loss_scale(schedule, '"fp16"', '"bf16"')

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
-from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import nn
 
+from ..runtime.decisions import Answers, answering
+from ..settings import Needs
+from .sums import squares_of
 
-def must_meet(model: PipelineModule, clipping: float, fp16: bool) -> bool:
-    """Whether the job wants one decision of all stages at every update: a norm, a loss scale or a tied weight."""
-    return bool(clipping > 0 or fp16 or tied_across_stages(model))
+
+def needs(model: PipelineModule, clipping: float, fp16: bool) -> Needs:
+    """What the job wants all stages to decide at every update."""
+    return Needs(norm=clipping > 0, exact=bool(fp16 or tied_across_stages(model)))
 
 
 def tied_across_stages(model: PipelineModule) -> list[str]:
@@ -51,12 +56,44 @@ class StageGrid:
 
 def make_stage_local(optimizer: Any, grid: StageGrid) -> None:
     """Let ``optimizer`` (plain, bf16 or ZeRO-1) take norms and overflow within the stage."""
-    if hasattr(optimizer, "mpu"):
-        optimizer.mpu = grid
+    owners: list[Any] = [optimizer, getattr(optimizer, "overflow_checker", None)]
+    for owner in owners:
+        if hasattr(owner, "mpu"):
+            owner.mpu = grid
     if hasattr(optimizer, "model_parallel_group"):
         optimizer.model_parallel_group = grid.get_model_parallel_group()
         optimizer.model_parallel_world_size = grid.get_model_parallel_world_size()
         optimizer.model_parallel_rank = grid.get_model_parallel_rank()
+
+
+@contextmanager
+def decided_by(answers: Answers, optimizer: Any, grid: StageGrid) -> Iterator[None]:
+    """Within it ``optimizer``, or DeepSpeed in its place, takes for the norm of this stage's gradients, and for their
+    overflow, what ``answers`` say."""
+    own_norm = getattr(optimizer, "scaled_global_norm", None)
+    if own_norm is None:
+        operations = deepspeed.comm.ReduceOp.SUM, deepspeed.comm.ReduceOp.MAX
+        group = grid.get_model_parallel_group()
+        with answering(deepspeed.comm, group, operations, answers.whole, answers.broken):
+            yield
+        return
+    own_reduction = optimizer._model_parallel_all_reduce
+
+    def norm(*args: Any, **kwargs: Any) -> torch.Tensor:
+        squares = own_norm(*args, **kwargs).square()
+        answers.whole(squares)
+        return squares.sqrt()
+
+    def reduction(tensor: torch.Tensor, op: Any) -> None:
+        own_reduction(tensor, op)
+        if op == deepspeed.comm.ReduceOp.MAX:
+            answers.broken(tensor)
+
+    optimizer.scaled_global_norm, optimizer._model_parallel_all_reduce = norm, reduction
+    try:
+        yield
+    finally:
+        del optimizer.scaled_global_norm, optimizer._model_parallel_all_reduce
 
 
 @torch.no_grad()
@@ -66,18 +103,13 @@ def clip_by_whole_norm(parameters: Iterable[nn.Parameter], limit: float, grid: A
     Counts every parameter once, where DeepSpeed's ``clip_grad_norm_`` counts those of stage 0 alone: it takes the rank
     in the model-parallel group, which contains the pipeline, for that in the tensor-parallel group.
     """
-    gradients, counted = [], []
-    for parameter in parameters:
-        if parameter.grad is not None:
-            gradients.append(parameter.grad)
-            once = grid.get_slice_parallel_rank() == 0 or is_model_parallel_parameter(parameter)
-            if once and not getattr(parameter, "ds_pipe_replicated", False):
-                counted.append(parameter.grad.float().norm())
-    squares = torch.stack(counted).square().sum() if counted else torch.zeros((), device=device)
+    parameters = list(parameters)
+    squares = squares_of(parameters, grid, device)
     dist.all_reduce(squares, group=grid.get_model_parallel_group())
     coefficient = torch.clamp(limit / (squares.sqrt() + 1e-6), max=1.0)
-    for gradient in gradients:
-        gradient.mul_(coefficient)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(coefficient)
 
 
 def groups_of(grid: Any) -> list[Any]:

@@ -77,4 +77,4 @@ def _gradients(engine: Any, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
     for parameter in parameters:
         yield from tensors([parameter.grad, getattr(parameter, "grad_accum", None)])
     yield from tensors([getattr(engine.optimizer, name, None) for name in GRADIENTS_OF_OPTIMIZERS])
-    yield from tensors(getattr(engine, "guest_gradients", tuple)())
+    yield from tensors(getattr(engine, "other_gradients", tuple)())

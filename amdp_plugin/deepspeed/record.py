@@ -96,9 +96,10 @@ class Recorder:
 
     def _train(self, function: Callable[[], Any]) -> Any:
         engine = self._engine
+        late = 0 if self._stock else engine.pipeline.windows_late
         with (
             self._stock.recording() if self._stock else nullcontext(),
-            gauge(engine, self._memory) if self.journal.next_is_measured else nullcontext(),
+            gauge(engine, self._memory) if self.journal.measures_next(late) else nullcontext(),
         ):
             loss, span = timed(function)
         tokens = None if self._tokens is None else self._tokens * engine.micro_batches * engine.grid.data_parallel_size

@@ -6,7 +6,8 @@ schedules, so that timers, activation checkpointing, bf16 and ZeRO-1 go on as th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from deepspeed.pipe import PipelineModule
@@ -16,11 +17,13 @@ from ..plan.action import Action
 from ..plan.schedule import Schedule
 from ..runtime.channels import Tensors
 from ..runtime.device import placed
+from ..runtime.parking import Parking
 from ..runtime.pipeline import Pipeline
 from ..runtime.stage import as_tuple, input_leaf, one_or_tuple
 from ..runtime.weights import live_update
 from ..runtime.worker import StagesWorker
 from .guests import guest_stage, to_device
+from .sums import sums_of
 
 
 class StageEngine(Protocol):
@@ -37,6 +40,9 @@ class StageEngine(Protocol):
     grad_layer: Any
 
     def load(self, batch: Any, buffer_id: int) -> None: ...
+    def present_loss_scale(self) -> float: ...
+    def tell(self, update: Action) -> None: ...
+    def deciding(self, update: Action) -> AbstractContextManager[None]: ...
     def report_losses(self, window: int, direction: int) -> None: ...
     def _reentrant_activation_checkpointing(self) -> bool: ...
     def _exec_forward_pass(self, buffer_id: int) -> None: ...
@@ -56,6 +62,7 @@ class EngineWorker(StagesWorker):
         self._guests = {stage: guest_stage(engine, guest) for stage, guest in engine.guests.items()}
         self._free = list(reversed(range(num_buffers)))
         self._buffers: dict[int, int] = {}
+        self._parking = Parking(sums_of(engine), engine.present_loss_scale)
         self._tuples: dict[int, bool] = {}
 
     def module(self, stage: int) -> PipelineModule:
@@ -69,6 +76,8 @@ class EngineWorker(StagesWorker):
     def _forward_home(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         engine, buffers = self._engine, self._engine.pipe_buffers
         stage, _, micro_batch = action
+        if self.relayed:
+            self._parking.forward(micro_batch)
         buffer_id = self._buffers[micro_batch] = self._free.pop()
         if inputs is not None:
             buffers["inputs"][buffer_id] = one_or_tuple(tuple(input_leaf(tensor) for tensor in inputs))
@@ -115,6 +124,8 @@ class EngineWorker(StagesWorker):
         return self._guests[action.stage].backward(action.index, gradients)
 
     def _backward_home(self, micro_batch: int, gradients: Tensors | None) -> Tensors:
+        if self.relayed:
+            self._parking.backward(micro_batch)
         engine, buffers = self._engine, self._engine.pipe_buffers
         buffer_id = self._buffers[micro_batch]
         if gradients is None:
@@ -127,12 +138,27 @@ class EngineWorker(StagesWorker):
         self._clear(micro_batch)
         return inputs
 
+    def close(self, update: Action) -> None:
+        self._reduce()
+        self._engine.tell(update)
+        self._parking.close()
+
+    def parked(self) -> Iterable[Tensor]:
+        return self._parking.tensors()
+
+    def _reduce(self) -> None:
+        """Over data-parallel replicas."""
+        self._engine._exec_reduce_tied_grads()
+        self._engine._exec_reduce_grads()
+
     def update(self, action: Action) -> None:
         feedback = self._engine.pipeline.feedback
-        with live_update(self._engine.module.parameters()), feedback.stepping(self.runs_freely(action)):
-            self._engine._exec_reduce_tied_grads()
-            self._engine._exec_reduce_grads()
-            self._engine._exec_optimizer_step()
+        parked = self._parking.oldest() if self.relayed else nullcontext()
+        with parked, live_update(self._engine.module.parameters()), feedback.stepping(self.runs_freely(action)):
+            if not self.relayed:
+                self._reduce()
+            with self._engine.deciding(action):
+                self._engine._exec_optimizer_step()
 
     def end_of_backwards(self, window: int, direction: int) -> None:
         self._engine.report_losses(window, direction)
@@ -140,6 +166,7 @@ class EngineWorker(StagesWorker):
     def forget(self, action: Action) -> None:
         stage, _, micro_batch = action
         if stage == self._engine.stage_id:
+            self._parking.forget(micro_batch)
             self._clear(micro_batch)
             self._tuples.pop(micro_batch, None)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..plan import schedules
 from ..runtime.runnable import check_homes, check_runnable
-from ..settings import ScheduleSettings, read_schedule
+from ..settings import Needs, ScheduleSettings, read_schedule
 from .refusals import check_common_decisions, check_options
 
 STOCK = "stock"
@@ -57,8 +57,8 @@ def check_arguments(arguments: Namespace, settings: ScheduleSettings) -> list[st
     """
     stages = arguments.pipeline_model_parallel_size
     tied = stages > 1 and not getattr(arguments, "untie_embeddings_and_output_weights", True)
-    meet = bool(arguments.clip_grad > 0 or arguments.fp16 or tied)
-    schedule = settings.make(stages, _micro_batches(arguments), meet)
+    needs = Needs(norm=arguments.clip_grad > 0, exact=arguments.fp16 or tied)
+    schedule = settings.make(stages, _micro_batches(arguments), needs)
     settings.costs(stages)
     check_runnable(schedule)
     check_homes(schedule)

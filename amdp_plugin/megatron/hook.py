@@ -17,7 +17,7 @@ from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_t
 from ..runtime.executor import Executor
 from ..runtime.pipeline import Pipeline, Site
 from ..runtime.runnable import check_homes, check_runnable
-from ..settings import ScheduleSettings
+from ..settings import Needs, ScheduleSettings
 from .feedback import error_feedback
 from .guests import ModelProvider, bare, build_guests, build_replicas, sum_dtype
 from .losses import WindowReports
@@ -158,6 +158,11 @@ class ScheduledForwardBackward:
         return self.schedule.updates_meet
 
     @property
+    def windows_late(self) -> int:
+        """Calls that an update comes after its window, at most."""
+        return self.pipeline.windows_late if self._started else 0
+
+    @property
     def reads_data(self) -> bool:
         """Whether this rank runs a first or last stage in any direction, and so needs a data iterator."""
         placement = self.schedule.placement
@@ -184,7 +189,7 @@ class ScheduledForwardBackward:
         if forward_only:
             with self.pipeline.watch.guard("evaluation", None) if self._started else nullcontext():
                 if self._started:
-                    self.pipeline.feedback.put_plain()
+                    self.pipeline.settle()
                 stock = stock_forward_backward_func()
                 return stock(num_microbatches=num_microbatches, forward_only=True, **arguments)
         if not self._attached:
@@ -251,17 +256,19 @@ class ScheduledForwardBackward:
         self._reports = WindowReports(self.pipeline)
         worker = ChunksWorker(self.pipeline, chunks, self._rank, self._steps, lambda: self._call, self._reports.collect)
         self.pipeline.start(worker, window, chunks.values())
-        lines = [clipping_line(self._clipping, schedule.updates_meet), *self.notices]
-        if schedule.reduces or self.pipeline.keeps_weights:
-            guests, kept = list(self.guests.values()), self.pipeline.bytes_kept()
-            held = Held([self._chunk], guests, sum_dtype(self._chunk), self.pipeline.exchange_buffers(), *kept)
+        lines = [clipping_line(self._clipping, schedule), *self.notices]
+        if self.pipeline.holds_more:
+            parked = self.pipeline.most_parked
+            guests, (plain, extrapolated) = list(self.guests.values()), self.pipeline.bytes_kept()
+            buffers = self.pipeline.exchange_buffers()
+            held = Held([self._chunk], guests, sum_dtype(self._chunk), buffers, plain, parked, extrapolated)
             lines += memory_table(held, self._group, self._site().device)
         if dist.get_rank() == 0:
             print("\n".join([self.pipeline.planned.to_text(), *lines]), flush=True)
 
     def _make_schedule(self, micro_batches: int) -> Schedule:
-        meet = self._clipping > 0 or self._fp16 or self._tied
-        return self.settings.make(self._num_stages, micro_batches, meet)
+        needs = Needs(norm=self._clipping > 0, exact=self._fp16 or self._tied)
+        return self.settings.make(self._num_stages, micro_batches, needs)
 
     def _check(self, schedule: Schedule) -> Schedule:
         check_runnable(schedule)

@@ -55,6 +55,7 @@ def measure(chunk: Any, optimizer: Any, hook: ScheduledForwardBackward | None) -
         gradients=[
             [buffer.grad_data for buffer in flat],
             [replica.gradients for replica in replicas if isinstance(replica, Guest)],
+            hook.pipeline.parked_gradients() if hook else (),
             [parameter.grad for parameter in [*parameters, *stepped]],
         ],
         exchange=hook.pipeline.exchange_buffers() if hook else (),

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
+from ..runtime.decisions import Answers, answering
+from ..runtime.parking import BufferSums, Parking
 from .stage_view import accepted
 
 StepResult = tuple[bool, float | None, int | None]
 """(whether the update was made, norm of the gradients, zeros among them), as Megatron's ``optimizer.step`` returns."""
+NO_UPDATE: StepResult = (False, None, None)
+OPERATIONS = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 
 
 class OptimizerSteps:
     """Takes over ``optimizer.step()`` and the zeroing of gradients, which the training loop goes on calling.
 
-    The loop zeroes before a window and steps after it. A program steps within the window, and another window's
-    gradients may be in the sums when the loop comes by. So the loop's calls do nothing but hand out results.
+    The loop zeroes before a window and steps after it. A program steps within the window, or within a later one, and
+    another window's gradients may be in the sums when the loop comes by. So the loop's calls do nothing but hand out
+    results, one a call: those of updates in their order, and, before the first of them, that nothing was updated. The
+    loop's learning rates then go on from update to update, whenever a stage makes them.
 
     Args:
         optimizer: a ``MegatronOptimizer``.
@@ -28,9 +37,11 @@ class OptimizerSteps:
     def __init__(self, optimizer: Any, chunk: Any) -> None:
         self._optimizer, self._chunk = optimizer, chunk
         self._step, self._zero_grad, self._zero_buffer = optimizer.step, optimizer.zero_grad, chunk.zero_grad_buffer
-        self.result: StepResult = (True, None, None)
-        """Of the latest update."""
-        optimizer.step = lambda: self.result
+        self._results: deque[StepResult] = deque()
+        buffers = [buffer.grad_data for buffer in gradient_buffers(chunk)]
+        self.parking = Parking(BufferSums(buffers), self._loss_scale)
+        """The gradients of windows that wait for their update."""
+        optimizer.step = lambda: self._results.popleft() if self._results else NO_UPDATE
         optimizer.zero_grad = lambda set_to_none=True: None
         chunk.zero_grad_buffer = lambda: None
         self._zero()
@@ -44,11 +55,75 @@ class OptimizerSteps:
         ):
             owner.__dict__.pop(name, None)
 
-    def run(self, finalize: Callable[[], None]) -> None:
-        """Step with the gradients that ``finalize`` reduces over the replicas of the job, then begin a new sum."""
+    @property
+    def decides(self) -> bool:
+        """Whether there is something to decide in an update: a norm to clip by, or a loss scale."""
+        return bool(self._optimizer.config.clip_grad > 0 or self._optimizer.config.fp16)
+
+    def run(self, finalize: Callable[[], None], deciding: AbstractContextManager[Any]) -> None:
+        """Step, within ``deciding``, with the gradients that ``finalize`` reduces over the replicas of the job; then
+        begin a new sum."""
         finalize()
-        self.result = self._step()
+        self._step_within(deciding)
+
+    def close(self, finalize: Callable[[], None], tell: Callable[[Tensor], None] | None) -> None:
+        """A window has closed, whose update comes later.
+
+        Args:
+            finalize: reduces the gradients over the replicas of the job.
+            tell: takes the sum of their squares over the stage.
+        """
+        finalize()
+        if tell is not None:
+            tell(self._squares())
+        self.parking.close()
+
+    def backward(self, micro_batch: int) -> None:
+        """Before a backward: where the gradient of a window that waits for its update is put aside, begin a new sum."""
+        if self.parking.backward(micro_batch):
+            self._zero()
+
+    def run_closed(self, deciding: AbstractContextManager[Any]) -> None:
+        """Step, within ``deciding``, with the gradient of the window that was closed first."""
+        with self.parking.oldest():
+            self._step_within(deciding)
+
+    def _step_within(self, deciding: AbstractContextManager[Any]) -> None:
+        with deciding:
+            self._results.append(self._step())
         self._zero()
+
+    def _squares(self) -> Tensor:
+        """Of the stage's gradients, as Megatron sums them up, with the loss scale in them."""
+        for each in members(self._optimizer):
+            # Preparing them would unscale them, and decide about the scale.
+            getattr(each, "_copy_model_grads_to_main_grads", each.prepare_grads)()
+        heard: list[Tensor] = []
+        with answering(dist, self._norm_group, OPERATIONS, heard.append, lambda flag: None):
+            self._optimizer.get_grad_norm()
+        return heard[0]
+
+    def _loss_scale(self) -> float:
+        """The present one; 1 without fp16."""
+        return float(self._optimizer.get_loss_scale()) if self._optimizer.config.fp16 else 1.0
+
+    @property
+    def _norm_group(self) -> Any:
+        return next(members(self._optimizer)).get_grad_stats_parallel_group()
+
+    @contextmanager
+    def decided_by(self, update: AbstractContextManager[Answers]) -> Iterator[None]:
+        """Within it Megatron takes for the norm of the stage's gradients, and for their overflow, what ``update``
+        answers."""
+        scale = self._loss_scale()  # of the gradients of this window; a step changes it before it takes the norm
+        with update as answers:
+
+            def whole(own: Tensor) -> None:
+                answers.whole(own)
+                own.div_(scale**2)
+
+            with answering(dist, self._norm_group, OPERATIONS, whole, answers.broken):
+                yield
 
     def _zero(self) -> None:
         self._zero_buffer()
@@ -72,6 +147,12 @@ def stage_local(optimizer: Any) -> Iterator[None]:
         each.grad_stats_parallel_group = group
 
 
+def gradient_buffers(chunk: Any) -> Iterator[Any]:
+    """The buffers in which Megatron's DDP sums up the gradients of ``chunk``."""
+    yield from chunk.buffers
+    yield from chunk.expert_parallel_buffers
+
+
 def members(optimizer: Any) -> Iterator[Any]:
     """The optimizers that a chained one is made of; else itself."""
     yield from getattr(optimizer, "chained_optimizers", None) or [optimizer]
@@ -82,15 +163,15 @@ def is_distributed(optimizer: Any) -> bool:
     return bool(getattr(optimizer.config, "use_distributed_optimizer", False))
 
 
-def reduce_gradients(config: Any, chunk: Any, has_guests: bool, **given: Any) -> None:
+def reduce_gradients(config: Any, chunk: Any, within_backward: bool, **given: Any) -> None:
     """What Megatron does with a window's gradients before the step: over data-parallel replicas, layer norms over
     tensor-parallel ranks, tied embeddings between the first and the last stage.
 
     Args:
-        has_guests: gradients of other ranks have been added, so that no reduction can have begun in a backward.
+        within_backward: reductions that overlap with a backward have begun in that of the window's last micro-batch.
         given: ``pg_collection`` and ``force_all_reduce`` of the call.
     """
-    if has_guests and chunk.ddp_config.overlap_grad_reduce:
+    if not within_backward and chunk.ddp_config.overlap_grad_reduce:
         chunk.start_grad_sync()
     if config.finalize_model_grads_func is not None:
         config.finalize_model_grads_func([chunk], None, **accepted(config.finalize_model_grads_func, **given))

@@ -82,7 +82,7 @@ class Recorder:
 
     def update(self, optimizer: Any, function: Callable[[], Any]) -> Any:
         """The optimizer's step: within a training call of ours, after one of Megatron's."""
-        measured = self.journal.next_is_measured
+        measured = self.journal.measures_next(self._hook.windows_late if self._hook else 0)
         with (
             gauge(self._window.model, optimizer, self._hook, self._memory) if measured else nullcontext(),
             nullcontext() if self._hook else self._meetings.seen(),

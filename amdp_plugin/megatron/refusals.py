@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..plan.schedule import Schedule
-from ..settings import ScheduleSettings
+from ..settings import ScheduleSettings, check_loss_scale
 
 PLAIN = (None, False, 0, 0.0, "", "none", "no", ())
 """Values that turn an option off."""
@@ -148,7 +148,7 @@ def check_common_decisions(settings: ScheduleSettings, schedule: Schedule, tied:
     """
     if schedule.updates_meet:
         return
-    meets = "a schedule whose updates meet (amdp with updates together, 1f1b, chimera)"
+    meets = "a schedule whose updates meet (amdp with decisions in a meeting, 1f1b, chimera)"
     if tied:
         refuse(
             settings.name,
@@ -157,12 +157,7 @@ def check_common_decisions(settings: ScheduleSettings, schedule: Schedule, tied:
             f"use --untie-embeddings-and-output-weights, or {meets}",
         )
     if fp16:
-        refuse(
-            settings.name,
-            "--fp16",
-            "its loss scale is a decision of all stages at every step",
-            f"use --bf16, or {meets}",
-        )
+        check_loss_scale(schedule, "--fp16", "--bf16")
 
 
 def refuse(schedule: str, what: str, why: str, instead: str) -> None:

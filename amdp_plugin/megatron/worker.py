@@ -6,8 +6,8 @@ recomputation, tensor and sequence parallelism, bf16 and the distributed optimiz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..plan.action import Action
 from ..runtime.channels import Tensors
+from ..runtime.decisions import Decisions
 from ..runtime.pipeline import Pipeline
 from ..runtime.stage import input_leaf
 from ..runtime.weights import live_update
@@ -78,6 +79,7 @@ class ChunksWorker(StagesWorker):
         report: Callable[[int, int], None],
     ) -> None:
         super().__init__(pipeline.schedule, pipeline.feed, pipeline.random_streams, pipeline.losses, pipeline.replicas)
+        self._pipeline = pipeline
         self._chunks, self._home, self._steps, self._call, self._report = chunks, home, steps, call, report
         self._config, self._watch, self._feedback = get_model_config(chunks[home]), pipeline.watch, pipeline.feedback
         self._in_flight: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
@@ -104,6 +106,8 @@ class ChunksWorker(StagesWorker):
     def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         stage, _, micro_batch = action
         call, size = self._call(), self.schedule.micro_batches
+        if self.relayed:
+            self._steps.parking.forward(micro_batch)
         received = None if inputs is None else input_leaf(inputs[0])
         reported: list[Any] = []
         with acting_as(stage):
@@ -134,6 +138,8 @@ class ChunksWorker(StagesWorker):
 
     def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
         stage, _, micro_batch = action
+        if self.relayed:
+            self._steps.backward(micro_batch)
         received, output = self._in_flight.pop((stage, micro_batch))
         gradient = None if gradients is None else gradients[0]
         with acting_as(stage), self._synchronization(action):
@@ -145,18 +151,45 @@ class ChunksWorker(StagesWorker):
 
     def forget(self, action: Action) -> None:
         del self._in_flight[action.stage, action.index]
+        if self.relayed:
+            self._steps.parking.forget(action.index)
+
+    def close(self, update: Action) -> None:
+        decisions = self._decisions
+        tell = None if decisions is None else partial(decisions.tell, update)
+        self._steps.close(self._reduction(), tell)
+
+    def parked(self) -> Iterable[Tensor]:
+        return self._steps.parking.tensors()
 
     def update(self, action: Action) -> None:
-        home = self._chunks[self._home]
-        reduction = partial(reduce_gradients, self._config, home, bool(self.replicas), **self._call().reduction)
+        home, deciding = self._chunks[self._home], self._deciding(action)
         with live_update(home.parameters()), self._feedback.stepping(self.runs_freely(action)):
-            self._steps.run(reduction)
+            if self.relayed:
+                self._steps.run_closed(deciding)
+            else:
+                self._steps.run(self._reduction(), deciding)
+
+    def _reduction(self) -> Callable[[], None]:
+        """Of a window's gradients, over the replicas of the job."""
+        within = not (self.replicas or self.relayed)
+        return partial(reduce_gradients, self._config, self._chunks[self._home], within, **self._call().reduction)
+
+    def _deciding(self, update: Action) -> AbstractContextManager[Any]:
+        """This update goes by the norm, and the overflow, that the schedule's decisions say."""
+        decisions = self._decisions
+        return nullcontext() if decisions is None else self._steps.decided_by(decisions.update(update))
+
+    @property
+    def _decisions(self) -> Decisions | None:
+        """Where there is something to decide."""
+        return self._pipeline.decisions if self._steps.decides else None
 
     def _synchronization(self, action: Action) -> Any:
         """Reductions over data-parallel replicas may begin within a window's last backward, where the job overlaps
-        them, and no gradients of guests are still to come."""
+        them, and neither gradients of guests are still to come nor what is reduced is put aside."""
         size = self.schedule.micro_batches
-        last = self.directions == 1 and action.index % size == size - 1
+        last = self.directions == 1 and not self.relayed and action.index % size == size - 1
         if action.stage != self._home or last or self._config.no_sync_func is None:
             return nullcontext()
         return self._config.no_sync_func()

@@ -48,6 +48,9 @@ def plan(
     ] = "none",
     strength: Annotated[float, typer.Option(help="Of error feedback, in units of the plan's own figure.")] = 1.0,
     flush_first: Annotated[int, typer.Option(help="Windows at the start of a job that end with a flush.")] = 0,
+    decisions: Annotated[
+        str, typer.Option(help="How stages decide what concerns all: auto, local, latest, relayed or meeting.")
+    ] = "auto",
     option: Annotated[list[str] | None, typer.Option(help="An option of the schedule, as key=value.")] = None,
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.text,
     out: Annotated[Path | None, typer.Option(help="File to write to, instead of standard output.")] = None,
@@ -61,7 +64,7 @@ def plan(
         raise ValueError(f"--link-cost is at least 0, got {link_cost}")
     chosen = schedules.make(
         schedule, stages, micro_batches, compensation=compensation, strength=strength, flush_first=flush_first,
-        **_read_options(schedule, option or ()),
+        decisions=decisions, **_read_options(schedule, option or ()),
     )  # fmt: skip
     costs = CostModel.relative(
         stages, backward_ratio=backward_ratio, link_cost=link_cost, stage_costs=_read_costs(stage_costs or "")

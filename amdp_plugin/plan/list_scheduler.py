@@ -11,8 +11,9 @@ from collections import deque
 from .action import BACKWARD, FORWARD, KINDS, REDUCE, UPDATE, Action
 from .costs import CostModel, ticks
 from .laws import PROGRESS, ProgramError, breach
+from .priorities import Priority
 from .program import Program, Row
-from .schedule import Priority, Schedule
+from .schedule import Schedule
 
 Window = tuple[Row, ...]
 Message = tuple[int, int]
@@ -29,7 +30,7 @@ class Holding:
         self.rank, self.stage = rank, stage
         self.home, *self.guests = schedule.placement.holders[stage]
         self.per_window = schedule.backwards_per_window(rank, stage)
-        self.delay = schedule.update_delay
+        self.delay = schedule.update_delay[stage]
         self.late = schedule.windows_late(rank, stage)
         self.backwards = self.reductions = self.updates = 0
 
@@ -206,7 +207,14 @@ class ListScheduler:
             return all(other.reductions > action.index for other in before)
         if action.kind == REDUCE:
             return all(self._has_come(rank, guest, action) for guest in holding.guests)
+        if self.schedule.decisions == "relayed" and not self._is_brought(rank, action):
+            return False
         return not self._opens_meeting(rank, action) or self._may_meet()
+
+    def _is_brought(self, rank: int, update: Action) -> bool:
+        """Whether the forward could start, but for ``update``, that brings the decision on it."""
+        brings = self._next_forward(rank, self.lanes[0][update.stage])
+        return brings is not None and brings[0].index == self.schedule.forward_after(update.index)
 
     def _has_come(self, rank: int, sender: int, action: Action) -> bool:
         """Whether ``action`` of ``sender`` is the next of its messages here (law 3), and has arrived."""
@@ -244,13 +252,19 @@ class ListScheduler:
                 # Directions that share a sum of gradients go window by window, whatever the priority would start.
                 if time <= now and sent <= closed and micro_batch // size <= holding.completed:
                     ready.append((Action(lane.stage, BACKWARD, micro_batch), time))
-            if (lane.forward_arrivals or not lane.stage) and lane.forwards - lane.backwards < lane.in_flight:
-                time, sent = lane.forward_arrivals[0] if lane.stage else (lane.freed_at, 0)
-                micro_batch = lane.direction + directions * lane.forwards
-                waits = holding.updates < self.schedule.updates_before(micro_batch // size)
-                if time <= now and sent <= closed and not waits:
-                    ready.append((Action(lane.stage, FORWARD, micro_batch), time))
+            forward = self._next_forward(rank, lane)
+            if forward and holding.updates >= self.schedule.updates_before(forward[0].index):
+                ready.append(forward)
         return ready
+
+    def _next_forward(self, rank: int, lane: Lane) -> tuple[Action, int] | None:
+        """The one that there is room and a message for, and since when, whatever update it waits for."""
+        if lane.forwards - lane.backwards >= lane.in_flight or (lane.stage and not lane.forward_arrivals):
+            return None
+        time, sent = lane.forward_arrivals[0] if lane.stage else (lane.freed_at, 0)
+        if time > self.now or sent > self.closed[rank]:
+            return None
+        return Action(lane.stage, FORWARD, lane.direction + self.directions * lane.forwards), time
 
     def _start(self, rank: int, action: Action) -> None:
         self.rows[rank].append(action)
@@ -347,7 +361,7 @@ class ListScheduler:
         """
         may_meet = self._may_meet()
         if self.meeting_at is None:
-            if self.schedule.update_delay:
+            if any(self.schedule.update_delay):
                 if may_meet:
                     self.meeting_at = max(self.free_at)
             elif all(holding.completed > self.meetings for holdings in self.holdings for holding in holdings.values()):

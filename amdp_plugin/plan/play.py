@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 from .action import Action
 from .program import Program
@@ -18,8 +19,13 @@ class Stuck(Exception):
         self.blocked = blocked
 
 
-def play(program: Program) -> Iterator[Place]:
+def play(
+    program: Program, others: Callable[[int, Action], Iterable[Place]] = lambda rank, action: ()
+) -> Iterator[Place]:
     """Yield every (rank, action) once, each rank's in its row's order, each after its dependencies.
+
+    Args:
+        others: what an action on a rank needs beside the dependencies of its schedule.
 
     Receives block, sends are buffered, and an update of a meeting comes after every rank has entered that.
     Raises :class:`Stuck` when that leads nowhere.
@@ -34,7 +40,7 @@ def play(program: Program) -> Iterator[Place]:
 
     def missing_for(rank: int, action: Action) -> Place | None:
         missing = None
-        for place in schedule.dependencies(rank, action):
+        for place in chain(schedule.dependencies(rank, action), others(rank, action)):
             if place not in done:
                 missing = place
                 break

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from textwrap import wrap
 from typing import Any
 
+from .action import BACKWARD, UPDATE
+from .decisions import WindowsAgo, check_decisions, windows_ago
 from .extrapolation import Extrapolation, planned_extrapolation
 from .laws import PROGRESS, ProgramError
 from .planner import Planner
@@ -23,6 +26,13 @@ RECOMPUTATION = (
     "Activation recomputation re-runs the forward at backward time: where the gap is above 0 it uses the new weights "
     "for both."
 )
+
+DECIDED = {
+    "local": "each stage by its own sum",
+    "relayed": "by the sums of all stages for the same window, which go down with gradients and up with activations, "
+    "so that updates stand some backwards after their windows have closed",
+    "meeting": "all stages meet at every update",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,10 @@ class Report:
         max_staleness: updates between a forward and the update its gradient goes into, at most.
         mean_staleness_by_stage: the same in the mean over the micro-batches of a window.
         compensation: what is done about it.
+        decisions: how stages decide what concerns all of them.
+        windows_ago: ``[stage][other]``: how many windows before that of an update of ``stage`` the sum of ``other`` is
+            that it takes; ``None`` where each decides alone, or all meet.
+        update_delay_by_stage: backwards of later windows between the last of a window and its update, at most.
         flush_first: windows at the start of a job that end with a flush all the same.
         opening_forwards_per_window: time of one of these, as ``forwards_per_window``; ``None`` without them.
         coefficient: what error feedback multiplies a stage's last update with; see :mod:`.staleness`.
@@ -51,8 +65,8 @@ class Report:
         master_weights: whether optimizers step master copies. With error feedback those are the plain iterate; else
             it is one more copy at the home of a stage.
         weight_copies_by_rank: copies of the weights of one stage that a rank holds, master copies not counted.
-        gradient_copies_by_rank: the same of sums of gradients: one for every stage here, and one for a stage whose
-            closed window is parked.
+        gradient_copies_by_rank: the same of sums of gradients: one for every stage here, and one for every closed
+            window that is parked.
         optimizer_states_by_rank: stages whose optimizer state a rank keeps. Under 1F1B all three are 1.
         deadlock_free: whether no rank waits for ever; ``breach`` says who does.
         verified_windows: windows on which all laws were checked, from the first on.
@@ -76,6 +90,9 @@ class Report:
     max_staleness: int
     mean_staleness_by_stage: tuple[float, ...]
     compensation: str
+    decisions: str
+    windows_ago: WindowsAgo | None
+    update_delay_by_stage: tuple[int, ...]
     flush_first: int
     opening_forwards_per_window: float | None
     coefficient: float | None
@@ -113,6 +130,7 @@ class Report:
             *_item("mismatched", f"micro-batches of a window, by stage: {_numbers(self.mismatched_by_stage)}", width),
             *_item("in flight", f"at most, by rank: {_numbers(self.peak_in_flight_by_rank)}", width),
             *_item("compensation", self._compensated(), width),
+            *_item("decisions", self._decided(), width),
             *(_item("weights", str(self.extrapolation), width) if self.extrapolation else ()),
             *_item("weight copies", f"by rank: {_numbers(self.weight_copies_by_rank)}", width),
             *_item("gradients", f"copies, by rank: {_numbers(self.gradient_copies_by_rank)}; optimizer states: "
@@ -135,6 +153,13 @@ class Report:
         more = "one more copy of a stage's weights at its home, none with master weights"
         place = "the master weights" if self.master_weights else more
         return f"error feedback, x = z + {self.coefficient:.6g} (z - z_before); {stale}; z is {place}"
+
+    def _decided(self) -> str:
+        if self.decisions == "latest" and self.windows_ago is not None:
+            most = _count(max(map(max, self.windows_ago)), "window")
+            return f"by a stage's own sum and the latest that it knows of the others, at most {most} old; nobody waits"
+        delays = _numbers(self.update_delay_by_stage)
+        return DECIDED[self.decisions] + (f" (by stage: {delays})" if self.decisions == "relayed" else "")
 
     def _proof(self) -> str:
         if self.breach is not None:
@@ -161,7 +186,8 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
     settled = planner.settled_windows()
     first, last = settled.start, settled.stop
     program = planner.program(last)
-    order, breach = _proof(program)
+    ago = windows_ago(planner)
+    order, breach = _proof(program, ago)
     timing = simulate(program, planner.costs, order)
     found = versions(program)
     utilization, seconds = timing.utilization(first, last), timing.seconds_per_window(first, last)
@@ -184,6 +210,9 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
         max_staleness=max(version.staleness for version in found.values()),
         mean_staleness_by_stage=staleness,
         compensation=schedule.compensation,
+        decisions="meeting" if schedule.updates_meet else schedule.decisions,
+        windows_ago=ago,
+        update_delay_by_stage=schedule.update_delay,
         flush_first=schedule.flush_first,
         opening_forwards_per_window=report(Planner(opening, planner.costs), 1).forwards_per_window if opening else None,
         coefficient=coefficient(schedule, staleness),
@@ -193,7 +222,7 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
         mismatched_by_stage=_mismatched_by_stage(schedule, found, settled),
         peak_in_flight_by_rank=tuple(max(in_flight(program, rank)) for rank in range(schedule.num_ranks)),
         weight_copies_by_rank=_weight_copies(schedule, extrapolation, master_weights),
-        gradient_copies_by_rank=_gradient_copies(schedule),
+        gradient_copies_by_rank=_gradient_copies(program),
         optimizer_states_by_rank=tuple(len(homes) for homes in _homes(schedule)),
         deadlock_free=breach is None,
         breach=breach,
@@ -202,10 +231,13 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
     )
 
 
-def _proof(program: Program) -> tuple[Sequence[Place] | None, str | None]:
+def _proof(program: Program, ago: WindowsAgo | None) -> tuple[Sequence[Place] | None, str | None]:
     """(an order of its actions, ``None``), or (``None``, who waits for whom)."""
     try:
-        return verify(program), None
+        order = verify(program)
+        if ago is not None:
+            check_decisions(program, ago)
+        return order, None
     except ProgramError as error:
         if error.law != PROGRESS.number:
             raise
@@ -252,11 +284,23 @@ def _homes(schedule: Schedule) -> list[list[int]]:
     return [[stage for stage in stages if home(stage) == rank] for rank, stages in enumerate(schedule.placement.stages)]
 
 
-def _gradient_copies(schedule: Schedule) -> tuple[int, ...]:
-    """Parked is what the home has gathered; where a stage is on one rank, that is its own sum."""
-    parked = 1 if schedule.update_delay else 0
-    stages = schedule.placement.stages
-    return tuple(len(held) + parked * len(homes) for held, homes in zip(stages, _homes(schedule), strict=True))
+def _gradient_copies(program: Program) -> tuple[int, ...]:
+    """On a rank, for every stage there, the most windows that have begun and are not in the weights. Where several
+    ranks hold a stage, what is parked is what the home has gathered."""
+    schedule, homes = program.schedule, _homes(program.schedule)
+    if schedule.reduces:
+        parked = int(any(schedule.update_delay))
+        return tuple(len(held) + parked * len(homes[rank]) for rank, held in enumerate(schedule.placement.stages))
+    copies = []
+    for rank, row in enumerate(program.rows):
+        backwards, updates, most = Counter[int](), Counter[int](), dict.fromkeys(schedule.placement.stages[rank], 1)
+        for stage, kind, _ in row:
+            backwards[stage] += kind == BACKWARD
+            updates[stage] += kind == UPDATE
+            begun = -(-backwards[stage] // schedule.backwards_per_window(rank, stage))
+            most[stage] = max(most[stage], begun - updates[stage])
+        copies.append(sum(most.values()))
+    return tuple(copies)
 
 
 def _count(number: int, word: str) -> str:

@@ -11,7 +11,8 @@ What every action needs before it may run, what it sends to another rank, and wh
 | ``U(s, k)`` | the home | ``R(s, k)``, or its own backwards | weights for the guests' ``U(s, k)`` | all homes |
 | ``U(s, k)`` | a guest | ``U(s, k)`` of the home | | |
 
-Homes meet only where a schedule's updates are ``together``, and then need this for all the stages at home there.
+Homes meet only where a schedule's decisions are made in a ``meeting``, and then need this for all the stages at home
+there. Where decisions are the ``latest``, an update also takes a sum of every other stage, see :mod:`.decisions`.
 
 :meth:`Schedule.dependencies`, :meth:`Schedule.message` and :meth:`Schedule.meeting` say it, and whoever orders,
 checks, times or runs actions asks them.
@@ -25,30 +26,13 @@ from typing import Any
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .placement import Placement
+from .priorities import Priority, backward_first
 from .weights import KEPT, check_compensation, check_weights
 
 Place = tuple[int, Action]
 """An action on a rank."""
 
-Priority = Callable[[Action, float], tuple[Any, ...]]
-"""Orders what a rank could start now, the least first. Takes the action, and the instant since which it could
-be started, in mean forwards of a stage."""
-
-
-
-def backward_first(action: Action, since: float) -> tuple[int, int]:
-    """A waiting backward before a forward, then the oldest micro-batch."""
-    return (action.kind != BACKWARD, action.index)
-
-
-def forward_first(action: Action, since: float) -> tuple[int, int]:
-    """A waiting forward before a backward, then the oldest micro-batch."""
-    return (action.kind != FORWARD, action.index)
-
-
-def oldest_first(action: Action, since: float) -> tuple[int, int]:
-    """The oldest micro-batch, then its backward."""
-    return (action.index, action.kind != BACKWARD)
+DECISIONS = ("local", "latest", "relayed", "meeting")
 
 
 @dataclass(frozen=True)
@@ -83,10 +67,14 @@ class Schedule:
             :mod:`.staleness`.
         strength: by how much more, or less, than the plan's figure error feedback looks ahead.
 
-        update_delay: backwards of the next window that a rank may run on a stage, at most, before the update
-            of the closed window; above 0 the closed window's gradient is parked meanwhile.
-        together: whether the homes' updates of a window are one meeting: every home enters with its own, and
-            none goes on before the last has entered (exact global gradient norms, a common loss scale).
+        update_delay: for every stage, backwards of the next windows that a rank may run on it, at most, before the
+            update of the closed window; above 0 the closed window's gradient is parked meanwhile.
+        decisions: how stages decide what concerns all of them, such as a norm to clip by. ``"local"``: each for itself.
+            ``"latest"``: each by its own sum and the latest that it knows of the others without waiting, see
+            :mod:`.decisions`. ``"relayed"``: by those of all stages for the same window, which an update waits for: it
+            stands before the forward that brings them, see :meth:`forward_after`. ``"meeting"``: the homes' updates of
+            a window are one meeting: every home enters with its own, and none goes on before the last has entered (the
+            exact norm, a common loss scale).
 
         priorities: the orders to choose from, by trial under the costs at hand, what a rank starts.
         alternatives: like schedules that need less memory, the least first. A planner takes the first that is
@@ -118,8 +106,8 @@ class Schedule:
     compensation: str = "none"
     strength: float = 1.0
 
-    update_delay: int = 0
-    together: bool = False
+    update_delay: tuple[int, ...] = ()
+    decisions: str = "local"
 
     priorities: tuple[Priority, ...] = (backward_first,)
     alternatives: tuple[Schedule, ...] = ()
@@ -152,16 +140,46 @@ class Schedule:
             object.__setattr__(self, "weight_versions", (1,) * self.num_stages)
         check_weights(self)
         check_compensation(self)
-        if self.update_delay < 0:
+        if self.decisions not in DECISIONS:
+            raise ValueError(f"{self.name}: decisions are {', '.join(DECISIONS)}; got {self.decisions!r}")
+        self._check_delays()
+        self._try_priorities()
+
+    def _check_delays(self) -> None:
+        if self.decisions == "relayed":
+            self._relay()
+        if not self.update_delay:
+            object.__setattr__(self, "update_delay", (0,) * self.num_stages)
+        if len(self.update_delay) != self.num_stages:
+            raise ValueError(f"{self.name}: update_delay needs one entry for each of {self.num_stages} stages")
+        most, directions = max(self.update_delay), self.placement.directions
+        if min(self.update_delay) < 0:
             raise ValueError(f"{self.name}: update_delay counts backwards, at least 0; got {self.update_delay}")
-        if self.flush_every and self.update_delay:
+        if self.flush_every and most and self.decisions != "relayed":
             raise ValueError(f"{self.name}: an update cannot stand later than a flush that waits for it")
-        if self.reduces and self.update_delay > self.micro_batches // directions:
+        if self.reduces and most > self.micro_batches // directions:
             raise ValueError(
                 f"{self.name}: where ranks share stages an update stands at most one window late, so update_delay "
-                f"is at most {self.micro_batches // directions}, got {self.update_delay}"
+                f"is at most {self.micro_batches // directions}, got {most}"
             )
-        self._try_priorities()
+
+    def _relay(self) -> None:
+        """Decisions go down with gradients and up with activations: a stage updates when the second reach it."""
+        if self.placement.directions > 1:
+            raise ValueError(
+                f"{self.name}: decisions are relayed up and down one direction, it has {self.placement.directions}; "
+                'use "latest" or "meeting"'
+            )
+        if self.weights != "latest":
+            raise ValueError(
+                f"{self.name}: relayed decisions move updates, and its weights are {self.weights!r}, as counted where "
+                'updates stand without; use "latest" or "local"'
+            )
+        # While a decision comes up, a stage backwards what stage 0 has admitted, but for what is between itself and the
+        # end; before a flush, where nothing follows, all of it.
+        stages, first = range(1, self.num_stages), self.in_flight[0]
+        left = [1 if self.flush_every else min(self.in_flight[stage], self.num_stages - stage) for stage in stages]
+        object.__setattr__(self, "update_delay", (0, *(max(0, first - below) for below in left)))
 
     def _try_priorities(self) -> None:
         """They are called in earnest only where a rank has a choice, which may come late in a run."""
@@ -191,6 +209,11 @@ class Schedule:
         return any(len(holders) > 1 for holders in self.placement.holders)
 
     @property
+    def together(self) -> bool:
+        """Whether the updates of a window are one meeting."""
+        return self.decisions == "meeting"
+
+    @property
     def keeps_versions(self) -> bool:
         """Whether a backward uses a version of the weights that was kept for it."""
         return self.weights in KEPT
@@ -213,13 +236,24 @@ class Schedule:
             return None
         return replace(
             self, flush_every=1, flush_first=0, max_gap=(0,) * self.num_stages, weights="latest", weight_versions=(),
-            correction_decay=0.0, rescale_steps=0, compensation="none", update_delay=0, alternatives=(), smaller=None,
+            correction_decay=0.0, rescale_steps=0, compensation="none", update_delay=(), alternatives=(), smaller=None,
         )  # fmt: skip
 
-    def updates_before(self, window: int) -> int:
-        """Updates that a stage must have had before it forwards for ``window``: those up to the latest flush, and
-        those that made the weights that it uses."""
+    def forward_after(self, window: int) -> int:
+        """The first micro-batch that all stages forward after their update of ``window``, where decisions are relayed:
+        the first that stage 0 can forward after it has closed the window, and what the others know with it."""
+        first = (window + 1) * self.micro_batches + self.in_flight[0] - 1
+        if not self.flush_every:
+            return first
+        return min(first, (window // self.flush_every + 1) * self.flush_every * self.micro_batches)
+
+    def updates_before(self, micro_batch: int) -> int:
+        """Updates that a stage must have had before it forwards ``micro_batch``: those up to the latest flush, those
+        that made the weights that it uses, and those whose decisions come with it."""
+        window = micro_batch // self.micro_batches
         flushed = window // self.flush_every * self.flush_every if self.flush_every else 0
+        if self.decisions == "relayed":
+            return max(flushed, (micro_batch - self.in_flight[0] + 1) // self.micro_batches)
         return max(flushed, window - 1) if self.weights == "previous" else flushed
 
     def forward_version(self, window: int, updates: int, entered: int) -> int:
@@ -263,7 +297,11 @@ class Schedule:
 
     def windows_late(self, rank: int, stage: int) -> int:
         """Windows that ``rank`` closes, at most, between the last backward of a window on ``stage`` and its update."""
-        return -(-self.update_delay // self.backwards_per_window(rank, stage))
+        delay, per_window = self.update_delay[stage], self.backwards_per_window(rank, stage)
+        if self.decisions == "relayed" and delay:
+            # What brings the decision may be sent in a later window than the last backward before the update.
+            return 1 + delay // per_window
+        return -(-delay // per_window)
 
     def owner(self, action: Action) -> int | None:
         """The rank of a forward or backward; ``None`` for R and U, which every holder of the stage runs."""
@@ -308,7 +346,7 @@ class Schedule:
         stage, kind, index = action
         if kind == FORWARD:
             above = ((self.placement.rank_of(stage - 1, index), Action(stage - 1, FORWARD, index)),) if stage else ()
-            updates = self.updates_before(index // self.micro_batches)
+            updates = self.updates_before(index)
             return ((rank, Action(stage, UPDATE, updates - 1)), *above) if updates else above
         if kind == BACKWARD:
             own = rank, Action(stage, FORWARD, index)
@@ -330,12 +368,16 @@ class Schedule:
         elif self.together:
             for other in self.placement.stages[rank]:
                 if rank == self.placement.home(other):
-                    yield from self._gathered(rank, other, index)
+                    yield from self.gathered(other, index)
         else:
-            yield from self._gathered(rank, stage, index)
+            yield from self.gathered(stage, index)
+            if self.decisions == "relayed" and stage:
+                bringing = self.forward_after(index)
+                yield self.placement.rank_of(stage - 1, bringing), Action(stage - 1, FORWARD, bringing)
 
-    def _gathered(self, home: int, stage: int, window: int) -> Iterator[Place]:
-        """After what the home has the whole gradient of ``window``."""
+    def gathered(self, stage: int, window: int) -> Iterator[Place]:
+        """After what the home of ``stage`` has its whole gradient of ``window``."""
+        home = self.placement.home(stage)
         if len(self.placement.holders[stage]) > 1:
             yield home, Action(stage, REDUCE, window)
         else:

@@ -65,13 +65,14 @@ def _check_updates(program: Program) -> None:
     schedule = program.schedule
     for rank, row in enumerate(program.rows):
         updates: Counter[int] = Counter()
+        forwards: Counter[int] = Counter()
         backwards: Counter[int] = Counter()
         each_window = {stage: schedule.backwards_per_window(rank, stage) for stage in schedule.placement.stages[rank]}
         for position, (stage, kind, index) in enumerate(row):
             per_window = each_window[stage]
             if kind == BACKWARD:
                 early = backwards[stage] + 1 - (updates[stage] + 1) * per_window
-                if early > schedule.update_delay:
+                if early > schedule.update_delay[stage]:
                     owes = f"rank {rank} owes {Action(stage, UPDATE, updates[stage])} first, or mixes two windows"
                     raise breach(program, rank, position, WINDOWS, owes)
                 backwards[stage] += 1
@@ -83,7 +84,13 @@ def _check_updates(program: Program) -> None:
                     count = backwards[stage] - index * per_window
                     what = f"only {count} of {per_window} backwards of window {index} are in it"
                     raise breach(program, rank, position, WINDOWS, what)
+                brings = schedule.forward_after(index)
+                if kind == UPDATE and schedule.decisions == "relayed" and forwards[stage] != brings:
+                    what = f"its decision comes with {Action(stage, FORWARD, brings)}, which does not follow next"
+                    raise breach(program, rank, position, WINDOWS, what)
                 updates[stage] += kind == UPDATE
+            else:
+                forwards[stage] += 1
         for stage in schedule.placement.stages[rank]:
             if updates[stage] < program.windows - schedule.windows_late(rank, stage):
                 owes = f"rank {rank} owes {Action(stage, UPDATE, updates[stage])} and never runs it"

@@ -21,6 +21,13 @@ NO_TEXT = ("priorities", "alternatives", "smaller")
 """Fields of a schedule that hold functions: what they lead to is in the program."""
 PLANNING_RANK = 0
 """The rank, in the group of the pipeline, that plans for all."""
+CLIPPING = {
+    "local": "each stage by its own norm",
+    "latest": "the whole model, as far as each stage knows it when it updates (earlier stages: of the window before)",
+    "relayed": "the whole model",
+    "meeting": "the whole model",
+}
+"""By which norm gradients are clipped, under each way to decide."""
 FAILED = -1
 """Told instead of the length of a program: what follows is the reason why there is none."""
 
@@ -116,6 +123,7 @@ class Held:
         sum_dtype: in what gradients are summed, where that is not the parameters' dtype.
         exchange: the buffers that replicas exchange gradients and weights through.
         plain: bytes of the plain iterate that error feedback keeps beside the weights.
+        parked: gradients of closed windows that wait for their update at once.
         extrapolated: bytes of what is kept while a pass computes with extrapolated weights, and to make them.
     """
 
@@ -124,13 +132,14 @@ class Held:
     sum_dtype: torch.dtype | None
     exchange: Iterable[Tensor]
     plain: int = 0
+    parked: int = 0
     extrapolated: int = 0
 
 
 def memory_table(held: Held, group: dist.ProcessGroup, device: torch.device) -> list[str]:
     """MiB of every rank's weights and gradients, beside those under 1F1B. All ranks of ``group`` must call it."""
     home, guests = _sizes(held.home, held.sum_dtype), _sizes(held.guests, held.sum_dtype)
-    all_weights, all_gradients = home[0] + guests[0], home[1] + guests[1]
+    all_weights, all_gradients = home[0] + guests[0], home[1] * (1 + held.parked) + guests[1]
     more = _bytes(held.exchange), held.plain, held.extrapolated
     mine = torch.tensor([*home, all_weights, all_gradients, *more], device=device)
     ranks = [torch.zeros_like(mine) for _ in range(group.size())]
@@ -154,11 +163,11 @@ def memory_table(held: Held, group: dist.ProcessGroup, device: torch.device) -> 
     ]
 
 
-def clipping_line(limit: float, updates_meet: bool) -> str:
+def clipping_line(limit: float, schedule: Schedule) -> str:
     """By which norm gradients are clipped."""
     if limit <= 0:
         return "gradient clipping: off"
-    scope = "the whole model" if updates_meet else "each stage by its own norm"
+    scope = "the whole model" if schedule.updates_meet else CLIPPING[schedule.decisions]
     return f"gradient clipping: {scope}, at {limit}"
 
 

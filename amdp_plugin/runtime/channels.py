@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..plan.action import BACKWARD, FORWARD, Action
+from ..plan.schedule import Schedule
 from .torch_private import storage_uses
 from .transport import (
     ACTIVATION_TAG,
@@ -17,6 +18,7 @@ from .transport import (
     HEADER_TAG,
     REPORT_TAG,
     SIGNATURE_TAG,
+    SUM_TAG,
     Incoming,
     Transport,
 )
@@ -87,6 +89,15 @@ class BufferPool:
     def clear(self) -> None:
         """Let go of all buffers (when shapes change)."""
         self._free.clear()
+
+
+def keep_sent(schedule: Schedule) -> int:
+    """Messages from one rank to another after which the oldest has certainly been received.
+
+    Between the two there is at most one link a direction, with at most as many messages as may be in flight.
+    One more, and some direction has had an answer to a message sent after the oldest; messages are received in order.
+    """
+    return schedule.placement.directions * max(schedule.in_flight) + 1
 
 
 class _Inbox:
@@ -208,6 +219,15 @@ class Channels:
         """The next report of ``sender`` about ``direction``, float64 [length]."""
         target, tag = torch.zeros(length, dtype=torch.float64), REPORT_TAG + CONTROL_TAGS * direction
         return self._receive_control(target, sender, tag, "receiving a report", self._watch.last_done)
+
+    def send_sum(self, receiver: int, value: float, action: Action) -> None:
+        """Send what the stage of the update ``action`` has summed up."""
+        self._send_control(torch.tensor([value], dtype=torch.float64), receiver, SUM_TAG, action)
+
+    def receive_sum(self, sender: int, action: Action | None) -> float:
+        """The next sum of ``sender``, which ``action`` takes."""
+        target = torch.zeros(1, dtype=torch.float64)
+        return self._receive_control(target, sender, SUM_TAG, "receiving a sum", action).item()
 
     # How
 

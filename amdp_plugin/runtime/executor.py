@@ -11,22 +11,13 @@ from torch import nn
 from ..plan.action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from ..plan.planner import Planner
 from ..plan.postings import Postings, shifted
-from ..plan.schedule import Schedule
 from .channels import Channels, Tensors
+from .decisions import Decisions
 from .exchange import Exchange
 from .extrapolation import ExtrapolatedWeights
 from .kept_weights import KeptWeights
 from .timeline import Timeline
 from .watch import Watch
-
-
-def keep_sent(schedule: Schedule) -> int:
-    """Messages from one rank to another after which the oldest has certainly been received.
-
-    Between the two there is at most one link a direction, with at most as many messages as may be in flight.
-    One more, and some direction has had an answer to a message sent after the oldest; messages are received in order.
-    """
-    return schedule.placement.directions * max(schedule.in_flight) + 1
 
 
 class Worker(Protocol):
@@ -41,6 +32,9 @@ class Worker(Protocol):
     def backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
         """Accumulate the gradients of one micro-batch. Takes those of the forward's floating-point outputs
         (``None`` on the last stage), returns those of its floating-point inputs (``None`` on the first)."""
+
+    def close(self, update: Action) -> None:
+        """The window of ``update`` has closed, which comes later."""
 
     def update(self, action: Action) -> None:
         """At the home of a stage: apply the window's mean gradient to it, under the graphs that are alive."""
@@ -79,6 +73,7 @@ class Executor:
         watch: what is being done and waited for.
         exchange: gradients and weights of stages that several ranks hold; ``None`` where there are none.
         opening: the program of :meth:`.Schedule.opening`, where the schedule has one.
+        decisions: sums of other stages, where updates take some.
         extrapolation: of the stage at home here, where the schedule has some.
     """
 
@@ -91,10 +86,11 @@ class Executor:
         watch: Watch,
         exchange: Exchange | None = None,
         opening: Planner | None = None,
+        decisions: Decisions | None = None,
         extrapolation: ExtrapolatedWeights | None = None,
     ) -> None:
         self.planner, self.schedule, self.rank = planner, planner.schedule, rank
-        self._opening = opening
+        self._opening, self._decisions = opening, decisions
         self._worker, self._channels, self._watch, self._exchange = worker, channels, watch, exchange
         self._last_stage = self.schedule.num_stages - 1
         self.versions = dict.fromkeys(self.schedule.placement.stages[rank], 0)
@@ -130,6 +126,8 @@ class Executor:
         opens = self.window < self.schedule.flush_first
         self._running = self._opening if self._opening is not None and opens else self.planner
         self._base = self.window
+        if self._decisions is not None:
+            self._decisions.begin(self.window)
 
     def run_window(self) -> None:
         """Execute one window. Raises ``StopIteration``, with nothing lost, when there is no data for it."""
@@ -179,6 +177,7 @@ class Executor:
         """All actions of the window that :meth:`open_window` began are done."""
         self.window += 1
         if self._running is self._opening and self.window == self.schedule.flush_first:
+            self._catch_up()
             self._begin_program()
         self._watch.in_first_window = False
         for messages in (self._channels, self._exchange):
@@ -189,12 +188,15 @@ class Executor:
         self._read = {key: has for key, has in self._read.items() if key[0] >= self.window}
 
     def quiesce(self) -> None:
-        """Cancel what is in flight, between two windows.
+        """Make the updates that are still to come of windows that have closed, and cancel what is in flight.
 
         Afterwards every stage is at the same version and the next window fills the pipeline anew. No
         micro-batch is lost, and random state and buffers are as if no cancelled forward had run. All
         ranks of the pipeline must call it between the same two windows.
         """
+        self._catch_up()
+        if self._decisions is not None:
+            self._decisions.drain(self.window)
         if self._channels is not None:
             for window, direction in self._headers:
                 self._receive_header(window, direction)
@@ -205,6 +207,12 @@ class Executor:
         snapshots = [state for (window, _), state in self._snapshots.items() if window == self.window]
         self._worker.cancel(list(self._in_flight), self._early, snapshots)
         self.restart(self.window)
+
+    def _catch_up(self) -> None:
+        """Make the updates of windows that have closed which stand in a later one."""
+        for stage in self.versions:
+            while self.versions[stage] < self.window:
+                self._update(Action(stage, UPDATE, self.versions[stage]))
 
     def _row(self, rank: int) -> list[Action]:
         row = self._running.row(self.window - self._base, rank)
@@ -327,7 +335,11 @@ class Executor:
         self.largest_gap = max(self.largest_gap, version - forward)
         if stage > 0:
             self._send(action, input_gradients)
-        if action.window(self.schedule.micro_batches) > self.window:
+        window = action.window(self.schedule.micro_batches)
+        if self.schedule.decisions == "relayed" and self._closes_window(action):
+            with self._computing(update := Action(stage, UPDATE, window)):
+                self._worker.close(update)
+        if window > self.window:
             self._early.append(action)
         else:
             self._count(action)

@@ -24,10 +24,11 @@ from ..plan.planner import Planner
 from ..plan.report import Report, report
 from ..plan.schedule import Schedule
 from .agreement import plan_together
-from .channels import Channels
+from .channels import Channels, keep_sent
+from .decisions import Decisions
 from .device import device_of
 from .exchange import Exchange, gradient_links, weight_links
-from .executor import Executor, Worker, keep_sent
+from .executor import Executor
 from .extrapolation import ExtrapolatedWeights
 from .feed import Feed
 from .feedback import ErrorFeedback
@@ -39,6 +40,7 @@ from .runnable import check_modules, check_runnable
 from .timeline import Timeline
 from .transport import Transport
 from .watch import PipelineStallError, Watch
+from .worker import StagesWorker
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Pipeline:
     Attributes:
         executor: runs the program; there after :meth:`start`.
         planned: the figures of the program; likewise.
+        decisions: what its updates take of the other stages; ``None`` where that is nothing.
         feedback: what this rank's own stage computes with, and what its optimizer goes on from.
         extrapolation: what it computes with instead, in one forward or backward.
 
@@ -89,6 +92,7 @@ class Pipeline:
     """
 
     executor: Executor
+    decisions: Decisions | None = None
     planned: Report
     feedback: ErrorFeedback
     extrapolation: ExtrapolatedWeights
@@ -150,13 +154,13 @@ class Pipeline:
             self.exchange = Exchange(placement, replicas, gradients, weights, self.watch, buffers)
         self.copy_home()
 
-    def start(self, worker: Worker, window: int, modules: Iterable[nn.Module]) -> None:
+    def start(self, worker: StagesWorker, window: int, modules: Iterable[nn.Module]) -> None:
         """Prove the program, and wire it up to ``worker``, to begin with ``window``.
 
         Args:
             modules: the stages on this rank, which are checked when the window begins: they may be compiled until then.
         """
-        self._unchecked = tuple(modules)
+        self._unchecked, self._worker = tuple(modules), worker
         schedule = self.schedule
         self.planned = report(self._planner, windows=1, master_weights=self.feedback.has_masters)
         self.feedback.begin(self.planned.coefficient)
@@ -169,9 +173,12 @@ class Pipeline:
             self.channels = Channels(
                 transport, self.watch, keep_sent(schedule), site.dynamic_shapes, site.shapes_hint
             )
+        self.decisions = None
+        if schedule.decisions in ("latest", "relayed") and self.channels is not None:
+            self.decisions = Decisions(self._planner, self._opening, self.site.rank, self.channels, self.watch)
         self.executor = Executor(
             self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange, self._opening,
-            self.extrapolation,
+            self.decisions, self.extrapolation,
         )  # fmt: skip
         self.executor.restart(window)
 
@@ -207,6 +214,13 @@ class Pipeline:
         self.copy_home()
         self.feedback.put_plain()
 
+    def settle(self) -> None:
+        """Between two windows, for an evaluation: all stages are at one version, and this rank's own stage has its
+        plain iterate, until the next window. What is in flight stays, unless stages are at several versions."""
+        if self.schedule.decisions == "relayed":
+            self.executor.quiesce()
+        self.feedback.put_plain()
+
     def restart(
         self, window: int, random_states: list[Any] | None, ahead: Sequence[Tensor] | None = None,
         means: Sequence[Tensor] | None = None,
@@ -236,6 +250,28 @@ class Pipeline:
     def other_weights(self) -> list[Tensor]:
         """What is kept of the weights on this rank beside those that stages compute with and optimizers step."""
         return [*self.feedback.kept(), *self.executor.kept.tensors()]
+
+    def parked_gradients(self) -> Iterable[Tensor]:
+        """Of closed windows of this rank's own stage, those that wait for their update now."""
+        return self._worker.parked()
+
+    @property
+    def windows_late(self) -> int:
+        """Windows that an update stands behind the end of its own, at most."""
+        homes = enumerate(holders[0] for holders in self.schedule.placement.holders)
+        return max(self.schedule.windows_late(rank, stage) for stage, rank in homes)
+
+    @property
+    def holds_more(self) -> bool:
+        """Whether some rank holds more of weights or gradients than under 1F1B; the same answer on all."""
+        planned, schedule = self.planned, self.schedule
+        return schedule.reduces or self.keeps_weights or max(planned.gradient_copies_by_rank) > 1
+
+    @property
+    def most_parked(self) -> int:
+        """How many windows of this rank's own stage wait for their update at once."""
+        rank = self.site.rank
+        return self.planned.gradient_copies_by_rank[rank] - len(self.schedule.placement.stages[rank])
 
     @property
     def keeps_weights(self) -> bool:

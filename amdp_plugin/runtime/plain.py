@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..plan.action import Action
 from ..plan.schedule import Schedule
 from .channels import Tensors
+from .decisions import Decisions
 from .extrapolation import ExtrapolatedWeights
 from .feed import Feed
 from .feedback import ErrorFeedback
 from .losses import WindowLosses
+from .parking import AttributeSums, Parking
 from .random_streams import RandomStreams
 from .replica import make_replicas
 from .stage import Loss, Stage, as_tuple, input_leaf
@@ -35,8 +37,10 @@ class PlainWorker(StagesWorker):
         loss: of the last stage, a scalar.
         data: where a first or last stage is, the ``(input, label)`` micro-batches of all directions.
         coefficient: of error feedback, from :func:`.plan.staleness.planned_coefficient`; ``None`` without.
+        clipping: the largest norm of the gradients of all stages, as far as decisions tell them; 0 for any.
 
     Attributes:
+        decisions: sums of other stages, to be given before the first window where updates take some.
         reported: the loss of every micro-batch whose last stage is here, as far as it was not cancelled.
     """
 
@@ -49,6 +53,7 @@ class PlainWorker(StagesWorker):
         loss: Loss | None = None,
         data: Iterator[tuple[Any, Any]] | None = None,
         coefficient: float | None = None,
+        clipping: float = 0.0,
     ) -> None:
         feed = Feed(lambda: next(data), partial(schedule.placement.is_end, rank)) if data else None
         replicas = make_replicas(schedule.placement, rank, modules)
@@ -59,6 +64,9 @@ class PlainWorker(StagesWorker):
             stage: ErrorFeedback(modules[stage].parameters(), [optimizer], coefficient=coefficient)
             for stage, optimizer in optimizers.items()
         }
+        self.decisions: Decisions | None = None
+        self._clipping = clipping
+        self._parking = {stage: Parking(AttributeSums(modules[stage].parameters())) for stage in optimizers}
         self.extrapolation = {
             stage: ExtrapolatedWeights(stage, feedback.parameters, feedback.optimizers)
             for stage, feedback in self.feedback.items()
@@ -73,6 +81,8 @@ class PlainWorker(StagesWorker):
 
     def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         stage, _, micro_batch = action
+        if self.relayed:
+            self._parking[stage].forward(micro_batch)
         if inputs is None:
             leaves = as_tuple(self.take(micro_batch)[0])
         else:
@@ -85,16 +95,45 @@ class PlainWorker(StagesWorker):
         return None
 
     def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
+        if self.relayed:
+            self._parking[action.stage].backward(action.index)
         return self._stages[action.stage].backward(action.index, gradients)
 
     def forget(self, action: Action) -> None:
         self._stages[action.stage].cancel(action.index)
+        if self.relayed:
+            self._parking[action.stage].forget(action.index)
+
+    def close(self, update: Action) -> None:
+        if self.decisions is not None:
+            self.decisions.tell(update, self._squares(update.stage))
+        self._parking[update.stage].close()
+
+    def parked(self) -> Iterable[Tensor]:
+        return (tensor for parking in self._parking.values() for tensor in parking.tensors())
 
     def update(self, action: Action) -> None:
-        optimizer = self._optimizers[action.stage]
-        with live_update(self.modules[action.stage].parameters()), self._stepping(action):
-            optimizer.step()
-        optimizer.zero_grad()
+        with self._parking[action.stage].oldest() if self.relayed else nullcontext():
+            self._clip(action)
+            optimizer = self._optimizers[action.stage]
+            with live_update(self.modules[action.stage].parameters()), self._stepping(action):
+                optimizer.step()
+            optimizer.zero_grad()
+
+    def _clip(self, update: Action) -> None:
+        if self.decisions is None:
+            return
+        with self.decisions.update(update) as answers:
+            squares = self._squares(update.stage)
+            answers.whole(squares)
+        if self._clipping:
+            for parameter in self.parameters(update.stage):
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad * (self._clipping / squares.sqrt()).clamp(max=1.0)
+
+    def _squares(self, stage: int) -> Tensor:
+        gradients = [parameter.grad for parameter in self.parameters(stage) if parameter.grad is not None]
+        return torch.stack([gradient.norm() for gradient in gradients]).square().sum()
 
     def _stepping(self, action: Action) -> AbstractContextManager[None]:
         return self.feedback[action.stage].stepping(self.runs_freely(action))

@@ -7,6 +7,7 @@ tool: train any sequential model under any schedule on one device, and see what 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from functools import reduce
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..plan.action import BACKWARD, FORWARD, UPDATE, Action
+from ..plan.action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from ..plan.costs import CostModel
+from ..plan.decisions import check_decisions, windows_ago
 from ..plan.extrapolation import planned_extrapolation
 from ..plan.planner import Planner
 from ..plan.play import play
@@ -65,6 +67,11 @@ class SerialPipeline:
             default that of the parameters.
         before_step: called with a stage's master parameters, gradients set, before each step (to clip them); where
             a schedule's updates meet, once a window with those of all stages.
+        measure: where decisions are the latest or relayed: of a stage's gradients (``None`` where there is none), the
+            number that stages add up.
+        decide: then called with a stage's master parameters, gradients set, and the sum, before each step.
+        loss_scale: with a master dtype, what the loss is multiplied with before its backward, and its gradients divided
+            by as they are summed up; takes the updates that the last stage has had at the forward.
 
     Attributes:
         schedule: of alternatives, the chosen one. One with windows of another size may be put in its place.
@@ -87,13 +94,16 @@ class SerialPipeline:
         seeds: Sequence[int] | None = None,
         master_dtype: torch.dtype | None = None,
         before_step: Callable[[list[nn.Parameter]], Any] = lambda parameters: None,
+        measure: Callable[[list[Tensor | None]], float] = lambda gradients: 0.0,
+        decide: Callable[[list[nn.Parameter], float], Any] = lambda parameters, total: None,
+        loss_scale: Callable[[int], float] = lambda updates: 1.0,
     ) -> None:
         check_runnable(schedule)
         if len(stages) != schedule.num_stages:
             raise ValueError(f"{len(stages)} stages for a schedule of {schedule.num_stages}")
         self.stages, self.schedule, self._costs = list(stages), Planner(schedule, costs).schedule, costs
         self.used: dict[tuple[int, int], Used] = {}
-        self._loss, self._before_step = loss, before_step
+        self._loss, self._before_step, self._measure, self._decide = loss, before_step, measure, decide
         self._replicas = [
             {rank: _Replica(_own(stage, copy=rank != ranks[0]), master_dtype, versions) for rank in ranks}
             for stage, ranks, versions in zip(
@@ -109,9 +119,14 @@ class SerialPipeline:
         ranks, present = range(schedule.num_ranks), torch.get_rng_state()
         states = [_random_state(seed) for seed in seeds] if seeds else [present.clone() for _ in ranks]
         self.random_states = [self._streams(state) for state in states]
+        self._loss_scale = loss_scale
+        self._scales: dict[int, float] = {}
         self._data: dict[int, tuple[Any, Any]] = {}
         self._losses: dict[int, Tensor] = {}
-        self._gathered: set[int] = set()
+        self._backwards = [0] * len(self.stages)
+        self._closed: list[deque[list[Tensor | None]]] = [deque() for _ in self.stages]
+        self._measured: dict[tuple[int, int], float] = {}
+        self._loaded: set[int] = set()
         self._coefficient = 0.0
         self._latest: dict[int, list[Tensor]] = {}
         self._flying: dict[tuple[int, int], tuple[Tensors, Tensors, int]] = {}
@@ -156,16 +171,22 @@ class SerialPipeline:
         """:meth:`train`, with one program from its start."""
         program, self._coefficient = planner.program(windows), planned_coefficient(planner) or 0.0
         verify(program)
-        self._played = planner.schedule
+        self._played, self._ago = planner.schedule, windows_ago(planner)
         self._extrapolation.restart(self._played.extrapolates)
+        if self._ago:
+            check_decisions(program, self._ago)
         size, first = self.schedule.micro_batches, self.versions[0]
         numbers = range(first * size, (first + windows) * size)
         self._data = {number: next(data) for number in numbers}
         self._first = first
+        self._measured.clear()
         for rank, action in play(program):
             action = action.shifted(first, size)
             if action.window(size) < first + windows:
                 self._run(rank, action)
+        for stage in range(len(self.stages)):
+            while self._closed[stage]:  # its update stands in a window that is not run
+                self._update(self.schedule.placement.home(stage), stage, self.versions[stage])
         for replicas in self._replicas:
             for replica in replicas.values():
                 replica.use(replica.version)
@@ -175,7 +196,10 @@ class SerialPipeline:
     def _run(self, rank: int, action: Action) -> None:
         stage, kind, index = action
         if kind == UPDATE:
-            self._update(rank, stage)
+            self._update(rank, stage, index)
+        elif kind == REDUCE:
+            if self._replicas[stage][rank] is self._home(stage):
+                self._close(stage, index)
         elif kind in (FORWARD, BACKWARD):
             outside, direction = torch.get_rng_state(), index % self.schedule.placement.directions
             torch.set_rng_state(self.random_states[rank][direction])
@@ -198,6 +222,7 @@ class SerialPipeline:
         if stage == len(self.stages) - 1:
             output = self._loss(output, self._data[index][1])
             self._losses[index] = output.detach()
+            self._scales[index] = self._loss_scale(self.versions[-1])
         outputs = (output,) if isinstance(output, Tensor) else tuple(output)
         if stage < len(self.stages) - 1:
             self._messages[stage + 1, FORWARD, index] = tuple(tensor.detach().clone() for tensor in outputs)
@@ -210,7 +235,7 @@ class SerialPipeline:
         replica.use(used.backward)
         replica.compute_with(self._extrapolation.backward(stage, index // self.schedule.micro_batches, *used))
         if stage == len(self.stages) - 1:
-            (outputs[0] / self.schedule.micro_batches).backward()
+            (outputs[0] / self.schedule.micro_batches * self._scales[index]).backward()
         else:
             floating = [tensor for tensor in outputs if tensor.is_floating_point()]
             torch.autograd.backward(floating, self._messages.pop((stage, BACKWARD, index)))
@@ -219,16 +244,27 @@ class SerialPipeline:
             self._messages[stage - 1, BACKWARD, index] = tuple(
                 torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.clone() for tensor in floating
             )
-        replica.accumulate()
+        replica.accumulate(self._scales[index])
+        self._backwards[stage] += 1
+        if len(self._replicas[stage]) == 1 and self._backwards[stage] % self.schedule.micro_batches == 0:
+            self._close(stage, self.versions[stage] + len(self._closed[stage]))
 
-    def _update(self, rank: int, stage: int) -> None:
+    def _close(self, stage: int, window: int) -> None:
+        """The gradient of ``window`` is whole: the sum of the replicas' gradients. What follows is of the next."""
+        gradients = [replica.take_gradients() for replica in self._replicas[stage].values()]
+        self._closed[stage].append([_sum(parts) for parts in zip(*gradients, strict=True)])
+        self._measured[stage, window] = self._measure(self._closed[stage][-1])
+
+    def _update(self, rank: int, stage: int, window: int) -> None:
         """At home: step the masters with the gradients of all replicas. Everywhere: take the result as next version."""
         replica = self._replicas[stage][rank]
         if replica is self._home(stage):
-            if stage not in self._gathered:
+            if stage not in self._loaded:
                 met = range(len(self.stages)) if self.schedule.together else (stage,)
-                self._before_step([master for each in met for master in self._gather(each)])
-            self._gathered.discard(stage)
+                self._before_step([master for each in met for master in self._load_gradients(each)])
+            self._loaded.discard(stage)
+            if self._ago is not None:
+                self._decide(self._masters[stage], self._known(stage, window))
             before = [tensor.clone() for tensor in self.plain(stage)] if self._coefficient else None
             with self._extrapolation.stepping(stage, replica.version):
                 self.optimizers[stage].step()
@@ -242,13 +278,19 @@ class SerialPipeline:
             return plain
         return [new + self._coefficient * (new - old) for new, old in zip(plain, before, strict=True)]
 
-    def _gather(self, stage: int) -> list[nn.Parameter]:
-        """The masters of ``stage``, with the sum of its replicas' gradients."""
-        gradients = [replica.take_gradients() for replica in self._replicas[stage].values()]
-        for master, parts in zip(self._masters[stage], zip(*gradients, strict=True), strict=True):
-            master.grad = _sum(parts)
-        self._gathered.add(stage)
+    def _load_gradients(self, stage: int) -> list[nn.Parameter]:
+        """The masters of ``stage``, with the gradients of its oldest closed window."""
+        for master, gradient in zip(self._masters[stage], self._closed[stage].popleft(), strict=True):
+            master.grad = gradient
+        self._loaded.add(stage)
         return self._masters[stage]
+
+    def _known(self, stage: int, window: int) -> float:
+        """The sum that the update of ``stage`` takes, over the stages of which it knows one since the pipeline was
+        empty."""
+        assert self._ago is not None
+        windows = {other: window - late for other, late in enumerate(self._ago[stage])}
+        return sum(self._measured[other, known] for other, known in windows.items() if known >= self._first)
 
     def _home(self, stage: int) -> _Replica:
         return self._replicas[stage][self.schedule.placement.home(stage)]
@@ -301,12 +343,12 @@ class _Replica:
                 parameter.data.copy_(value)
             self._used = NO_VERSION
 
-    def accumulate(self) -> None:
-        """After a backward: with a master dtype, the sum is kept in it."""
+    def accumulate(self, scale: float) -> None:
+        """After a backward: with a master dtype, the sum is kept in it, without the loss scale."""
         if self._master_dtype is not None:
             for number, parameter in enumerate(self._parameters):
                 if parameter.grad is not None:
-                    self._sums[number] = _sum((self._sums[number], parameter.grad.to(self._master_dtype)))
+                    self._sums[number] = _sum((self._sums[number], parameter.grad.to(self._master_dtype) / scale))
                     parameter.grad = None
 
     def take_gradients(self) -> list[Tensor | None]:

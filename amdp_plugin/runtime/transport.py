@@ -13,7 +13,7 @@ from torch import Tensor
 from .groups import MAX_CHANNELS, Group
 from .watch import InStream, Waitable
 
-ACTIVATION_TAG, GRADIENT_TAG, WEIGHT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG = range(1, 7)
+ACTIVATION_TAG, GRADIENT_TAG, WEIGHT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG, SUM_TAG = range(1, 8)
 WATCHDOG = 10
 """NCCL gives a message up after this many times its limit, counted from when its receive begins. Until then a wait that
 is too long has raised its own error, unless the host itself is held by CUDA, which waits for the device."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..plan.action import Action
 from ..plan.schedule import Schedule
@@ -41,6 +41,11 @@ class StagesWorker(ABC):
         self.feed = feed
         self.directions, self.last_stage = schedule.placement.directions, schedule.num_stages - 1
 
+    @property
+    def relayed(self) -> bool:
+        """Whether windows close before their update comes."""
+        return self.schedule.decisions == "relayed"
+
     # A host's
 
     @abstractmethod
@@ -60,12 +65,20 @@ class StagesWorker(ABC):
         """The forward ``action`` is cancelled."""
 
     @abstractmethod
+    def close(self, update: Action) -> None:
+        """See :meth:`.Worker.close`."""
+
+    @abstractmethod
     def update(self, action: Action) -> None:
         """See :meth:`.Worker.update`."""
 
     @abstractmethod
     def end_of_backwards(self, window: int, direction: int) -> None:
         """See :meth:`.Worker.end_of_backwards`."""
+
+    @abstractmethod
+    def parked(self) -> Iterable[Tensor]:
+        """The gradients of closed windows that wait for their update."""
 
     # The same everywhere
 

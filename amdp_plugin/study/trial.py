@@ -21,7 +21,9 @@ from ..runtime.serial import SerialPipeline
 from .optimizers import OPTIMIZERS, rate
 from .problem import Problem, load
 
-COMMON: dict[str, Callable[[str], Any]] = {"compensation": str, "strength": float, "flush_first": int}
+COMMON: dict[str, Callable[[str], Any]] = {
+    "compensation": str, "strength": float, "flush_first": int, "decisions": str
+}  # fmt: skip
 """Options of every schedule, and how they are read."""
 VALIDATIONS = 12
 """Times that a trial is validated, at least, evenly over its steps."""
@@ -36,7 +38,7 @@ class Variant:
 
     @classmethod
     def read(cls, text: str) -> Variant:
-        """As on the command line: ``paci`` or ``amdp:directions=2,updates=together``.
+        """As on the command line: ``paci`` or ``amdp:directions=2,decisions=meeting``.
 
         Raises:
             ValueError: for an unknown schedule or option.
@@ -73,7 +75,7 @@ class Setting:
         model: ``FILE:FUNCTION`` of the problem.
         stages, micro_batches: of the pipeline; micro-batches of a step.
         warm_up: steps until the learning rate is whole.
-        clip: the largest norm of a stage's gradients, or of all stages' where their updates meet; 0: any.
+        clip: the largest norm of a stage's gradients, or of all stages', as far as decisions tell it; 0: any.
         device: of the computation.
         costs: of :meth:`.CostModel.relative`, for the predicted time.
     """
@@ -185,14 +187,18 @@ def run(setting: Setting, trial: Trial, progress: Callable[[int], None] = lambda
             if weights is not None:
                 validation.append((step, _validate(evaluated, weights, problem, place)))
 
+    schedule = trial.variant.make(setting.stages, setting.micro_batches)
+    alone = schedule.updates_meet or schedule.decisions == "local"
     pipeline = SerialPipeline(
         stages,
         _optimizers(trial, setting, after_step),
         problem.loss,
-        trial.variant.make(setting.stages, setting.micro_batches),
+        schedule,
         costs=setting.cost_model(),
         seeds=[trial.seed] * setting.stages,
-        before_step=lambda parameters: _clip(parameters, setting.clip),
+        before_step=lambda parameters: _clip(parameters, setting.clip if alone else 0.0),
+        measure=_squares,
+        decide=lambda parameters, total: _clip_by(parameters, setting.clip, total),
     )
     losses = pipeline.train((place(each) for each in problem.micro_batches), trial.steps)
     planned = setting.planned(trial.variant)
@@ -228,6 +234,16 @@ def _optimizers(
         return optimizer
 
     return make
+
+
+def _squares(gradients: list[Tensor | None]) -> float:
+    """What stages tell each other of their gradients."""
+    return float(nn.utils.get_total_norm([each for each in gradients if each is not None]).square())
+
+
+def _clip_by(parameters: list[nn.Parameter], limit: float, total: float) -> None:
+    if limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(total).sqrt())
 
 
 def _clip(parameters: list[nn.Parameter], limit: float) -> None:

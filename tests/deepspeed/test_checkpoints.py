@@ -23,6 +23,7 @@ HALF = 10
 ZERO = {"zero_optimization": {"stage": 1}}
 SCHEDULED = {"scheduler": {"type": "WarmupDecayLR", "params": {**WARMUP, "total_num_steps": 3 * HALF}}}
 AHEAD_PACI, AHEAD_AMDP = {"name": "paci", **FEEDBACK}, {"name": "amdp", **FEEDBACK}
+RELAYED = {"name": "paci", "decisions": "relayed", "compensation": "error_feedback"}
 FLUSHED = {f"flushed first, {at}": {**AHEAD_PACI, "flush_first": first} for at, first in
            {"saved before": HALF + 1, "saved there": HALF, "saved after": HALF - 1}.items()}  # fmt: skip
 """With a flush at every window at first, until shortly before or after the checkpoint."""
@@ -47,6 +48,11 @@ JOBS = {
     "error feedback, bf16": Job(AHEAD_PACI, 2, 2, optimizer="adamw", config=BF16, dtype=torch.bfloat16, replicas=2),
     **{name: Job(schedule, 3, 2, optimizer="adamw") for name, schedule in FLUSHED.items()},
     "error feedback, amdp": Job(AHEAD_AMDP, 4, 4, kind="counting", optimizer="adamw"),
+    "latest": Job({"name": "paci", "decisions": "latest"}, 3, 2, config={"gradient_clipping": 0.05}),
+    "relayed": Job(RELAYED, 3, 2, optimizer="adamw", config={**SCHEDULED, "gradient_clipping": 0.05}),
+    "relayed, deep": Job(RELAYED, 4, 1, kind="counting", config={"gradient_clipping": 0.05}),
+    "relayed, bf16": Job(RELAYED, 2, 2, optimizer="adamw", config=BF16, dtype=torch.bfloat16, replicas=2),
+    "relayed, ZeRO-1": Job(RELAYED, 2, 2, optimizer="adamw", config=ZERO, replicas=2),
     "pipemare": Job(PIPEMARE, 3, 2, optimizer="adamw", config=SCHEDULED),
     "pipemare, bf16": Job(PIPEMARE, 3, 2, optimizer="adamw", config=BF16, dtype=torch.bfloat16, replicas=2),
     "xpipe": Job("xpipe", 3, 2, optimizer="adamw", config=SCHEDULED),

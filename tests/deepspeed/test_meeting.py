@@ -79,7 +79,7 @@ def test_tied_layers_in_several_directions(stages: int, size: int, optimizer: st
     found = run_ranks(stages, train_tied, job)
     inner = middles(stages)
     parts = [nn.Sequential(Words(), inner[0]), *inner[1:-1], Last(inner[-1])]
-    schedule = make("amdp", stages, size, updates="together")
+    schedule = make("amdp", stages, size, decisions="meeting")
     ends: list[nn.Parameter] = []
 
     def make_optimizer(masters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -181,7 +181,7 @@ def test_fp16_under_1f1b_is_stock() -> None:
 def test_gradients_of_guests_have_the_loss_scale_too() -> None:
     """The first update is that of 1F1B, but for the rounding of sums in fp16."""
     config = {**FP16, "fp16": {"enabled": True, "loss_scale": 128.0}, "gradient_clipping": 0.0}
-    job = Job({"name": "amdp", "updates": "together"}, 4, 4, config=config, dtype=torch.float16, windows=1)
+    job = Job({"name": "amdp", "decisions": "meeting"}, 4, 4, config=config, dtype=torch.float16, windows=1)
     found = run_ranks(4, train_fp16, job)
     flushed = run_ranks(4, train_fp16, replace(job, schedule="1f1b"))
     before = run_ranks(4, train_fp16, replace(job, schedule="1f1b", windows=0))
@@ -235,3 +235,22 @@ def test_all_stages_skip_a_step_together() -> None:
             for key, value in weights.items():
                 assert torch.equal(value, found[stage]["weights"][stage][key])
                 assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 2), (3, 4)])
+def test_all_stages_skip_a_step_without_a_meeting(stages: int, size: int) -> None:
+    """Decisions are relayed: the scale goes the same way on all ranks, on all but the first one call later. Nothing but
+    rounding differs from 1F1B before the first update."""
+    job = Job("paci", stages, size, config=FP16, dtype=torch.float16, windows=12)
+    found = run_ranks(stages, train_fp16, job)
+    flushed = run_ranks(stages, train_fp16, replace(job, schedule="1f1b"))
+    scales = found[0]["scales"]
+    assert 0 < found[0]["skipped"] < 9
+    assert any(after > before for before, after in pairwise(scales))
+    for result in found[1:]:
+        assert result["scales"][1:] == scales[:-1]
+        assert result["skipped"] == found[0]["skipped"], "at rest all have made the same updates"
+    skipped = next(window for window in range(12) if scales[window] == scales[window + 1])
+    assert found[0]["losses"][: skipped + 1] == pytest.approx(flushed[0]["losses"][: skipped + 1], rel=2e-3)
+    for stage, result in enumerate(found):
+        assert all(torch.isfinite(value).all() for value in result["weights"][stage].values())

@@ -115,6 +115,20 @@ def test_versions_in_use_take_what_the_report_says(schedule: str, size: int) -> 
     ]
 
 
+@pytest.mark.parametrize(("case", "size"), [("fp32", 2), ("fp32", 1), ("bf16, sums in fp32", 2)])
+def test_parked_gradients_take_what_the_report_says(case: str, size: int) -> None:
+    """One more sum for every window that has closed and waits for its decision, and none on the first stage."""
+    changes, (weights, gradients, optimizer_state) = CASES[case]
+    job = replace(job_of(changes, {"name": "paci", "decisions": "relayed"}), stages=3, size=size, windows=8)
+    records = [record for _, record in run_ranks(job.world, recorded, job)]
+    copies = report(Planner(Run("paci", records).schedule()), 1).gradient_copies_by_rank
+    assert copies == ((1, 2, 2) if size == 2 else (1, 2, 3))
+    sums = WHOLE * NUMBERS
+    assert [kept(record) for record in records] == [
+        Memory(weights, gradients + (number - 1) * sums, optimizer_state, exchange=0) for number in copies
+    ]
+
+
 @pytest.mark.parametrize(("schedule", "size"), [("pipemare", 1), ("spectrain", 1), ("xpipe", 2), ("xpipe", 4)])
 def test_extrapolated_weights_take_what_the_report_says(schedule: str, size: int) -> None:
     job = replace(job_of({}, schedule), stages=3, size=size)

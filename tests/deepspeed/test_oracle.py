@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
-from torch import nn
+from deepspeed.runtime.zero.utils import get_norm_dtype
+from torch import Tensor, nn
 
 from tests import devices
 from tests.runtime.models import OPTIMIZERS, ROWS
 from tests.runtime.pipelines import AMDP_SHAPES
 
-from .jobs import Job, assert_equals_oracle, oracle, run
+from .jobs import Job, assert_equals_oracle, assert_same, oracle, run
 
 REENTRANT = {"pipeline": {"activation_checkpoint_interval": 1}}
 NON_REENTRANT = {"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": False}}
@@ -104,14 +105,15 @@ def test_learning_rate_scheduler() -> None:
     )
 
 
-def test_clipping_is_by_the_norm_of_the_stage() -> None:
-    def clip(parameters: list[nn.Parameter]) -> None:
+def test_clipping_by_the_norm_of_the_stage() -> None:
+    def clip_alone(parameters: list[nn.Parameter]) -> None:
         norm = torch.stack([parameter.grad.norm() for parameter in parameters]).pow(2.0).sum().pow(0.5)
         assert norm > 0.05, "the case must clip"
         for parameter in parameters:
             parameter.grad.mul_(devices.place(torch.tensor([0.05])) / (norm + 1e-6))
 
-    check(Job("paci", 3, 2, config={"gradient_clipping": 0.05}), before_step=clip)
+    job = Job({"name": "paci", "decisions": "local"}, 3, 2, config={"gradient_clipping": 0.05})
+    check(job, before_step=clip_alone)
 
 
 @pytest.mark.parametrize(("name", "optimizer"), [("paci", "sgd"), ("paci", "fused"), ("1f1b", "adamw")])
@@ -143,8 +145,8 @@ def test_zero_1(optimizer: str) -> None:
         (6, 6, {"directions": 1}),
         (6, 6, {"directions": 2}),
         (8, 8, {"directions": 1}),
-        (4, 8, {"updates": "together"}),
-        (8, 8, {"updates": "together"}),
+        (4, 8, {"decisions": "meeting"}),
+        (8, 8, {"decisions": "meeting"}),
         (4, 4, {"preload": 0}),
     ],
 )
@@ -175,18 +177,143 @@ def test_amdp_in_bf16_with_sums_and_masters_in_fp32() -> None:
     check(Job("amdp", 4, 4, optimizer="adamw", config=config, dtype=torch.bfloat16), master_dtype=torch.float32)
 
 
+MASTERS = {
+    "bf16": {"config": {**BF16, "communication_data_type": "fp32"}, "dtype": torch.bfloat16},
+    "ZeRO-1": {"config": {"zero_optimization": {"stage": 1}}},
+}
+"""Jobs whose optimizer steps master copies, which are the plain iterate."""
+
+LIMIT = 0.05
+"""Of norms: every case here clips."""
+
+
+def squares(gradients: list[Tensor | None]) -> float:
+    """As DeepSpeed adds up a stage's, in fp32."""
+    norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+    return float(torch.stack(norms).pow(2.0).sum())
+
+
+def partitioned_squares(gradients: list[Tensor | None]) -> float:
+    """As ZeRO-1 does, which adds up in a dtype of its own, and takes the root of its own sum first."""
+    norms = [torch.linalg.vector_norm(gradient.to(get_norm_dtype())) for gradient in gradients if gradient is not None]
+    norm = torch.stack(norms).pow(2.0).sum().float().pow(0.5)
+    return float(torch.linalg.vector_norm(torch.stack([norm])).square())
+
+
+def clip(parameters: list[nn.Parameter], total: float) -> None:
+    """As DeepSpeed does in fp32."""
+    norm = devices.place(torch.tensor(total)).pow(0.5)
+    assert norm > LIMIT, "the case must clip"
+    for parameter in parameters:
+        parameter.grad.mul_(devices.place(torch.tensor([LIMIT])) / (norm + 1e-6))
+
+
+def clip_partitions(parameters: list[nn.Parameter], total: float) -> None:
+    """As ZeRO-1 does."""
+    norm = torch.tensor(total).sqrt()
+    assert norm > LIMIT, "the case must clip"
+    for parameter in parameters:
+        parameter.grad.mul_(1.0 / torch.clamp((norm + 1e-6) / LIMIT, min=1.0))
+
+
+def clip_masters(parameters: list[nn.Parameter], total: float) -> None:
+    """As DeepSpeed does in bf16."""
+    norm = torch.tensor(total).pow(0.5)
+    assert norm > LIMIT, "the case must clip"
+    for parameter in parameters:
+        parameter.grad.mul_(LIMIT / (norm + 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "size"),
+    [("paci", 2, 1), ("paci", 3, 2), ("paci", 4, 4), ("paci", 4, 6), ("amdp", 4, 4), ("amdp", 4, 8),
+     ("pipedream-2bw", 3, 3), ("pipedream", 3, 1)],
+)  # fmt: skip
+def test_clipping_by_what_is_known_of_all_stages(name: str, stages: int, size: int) -> None:
+    job = Job({"name": name, "decisions": "latest"}, stages, size, config={"gradient_clipping": LIMIT})
+    check(job, measure=squares, decide=clip)
+
+
+@pytest.mark.parametrize("name", ["paci", "amdp"])
+@pytest.mark.parametrize(
+    ("config", "modelled"),
+    [
+        ({"zero_optimization": {"stage": 1}}, {"measure": partitioned_squares, "decide": clip_partitions}),
+        (
+            {**BF16, "communication_data_type": "fp32"},
+            {"measure": squares, "decide": clip_masters, "master_dtype": torch.float32},
+        ),
+    ],
+    ids=["ZeRO-1", "bf16"],
+)
+def test_clipping_of_masters_by_what_is_known(name: str, config: dict[str, Any], modelled: dict[str, Any]) -> None:
+    dtype = torch.bfloat16 if "master_dtype" in modelled else torch.float32
+    config = {**config, "gradient_clipping": LIMIT}
+    job = Job({"name": name, "decisions": "latest"}, 4, 4, optimizer="adamw", config=config, dtype=dtype)
+    check(job, **modelled)
+
+
+RELAYED = {"decisions": "relayed"}
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 1), (3, 2), (4, 2), (4, 4), (4, 6)])
+def test_clipping_by_relayed_decisions(stages: int, size: int) -> None:
+    optimizer = {2: "sgd", 3: "adamw", 4: "fused"}[stages]
+    config = {"gradient_clipping": LIMIT}
+    job = Job({"name": "paci", **RELAYED}, stages, size, "masked", optimizer=optimizer, config=config, windows=6)
+    check(job, measure=squares, decide=clip)
+
+
+def test_relayed_decisions_about_nothing() -> None:
+    check(Job({"name": "paci", **RELAYED}, 3, 2, "recomputed", optimizer="adamw"))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("options", [{"flush_every": 2}, {"flush_first": 2}, {"compensation": "error_feedback"}])
+def test_relayed_decisions_and_other_options(options: dict[str, Any], size: int) -> None:
+    schedule = {"name": "paci", **RELAYED, **options}
+    job = Job(schedule, 3, size, optimizer="adamw", config={"gradient_clipping": LIMIT}, windows=6)
+    check(job, measure=squares, decide=clip)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("masters", ["ZeRO-1", "bf16"])
+def test_relayed_decisions_with_masters(masters: str, size: int) -> None:
+    config = {**MASTERS[masters]["config"], "gradient_clipping": LIMIT}
+    dtype = MASTERS[masters].get("dtype", torch.float32)
+    job = Job({"name": "paci", **RELAYED}, 3, size, optimizer="adamw", config=config, dtype=dtype, windows=5)
+    if masters == "bf16":
+        check(job, measure=squares, decide=clip_masters, master_dtype=torch.float32)
+    else:
+        check(job, measure=partitioned_squares, decide=clip_partitions)
+
+
+def test_clipping_by_what_is_known_after_windows_with_a_flush() -> None:
+    """At the change from one program to the other nothing is known of other stages."""
+    options = {"decisions": "latest", "flush_first": 2, "compensation": "error_feedback"}
+    job = Job({"name": "paci", **options}, 3, 4, config={"gradient_clipping": LIMIT}, windows=6)
+    check(job, measure=squares, decide=clip)
+
+
+@pytest.mark.parametrize("name", ["paci", "amdp"])
+def test_the_norm_is_by_default_what_is_known_of_all_stages(name: str) -> None:
+    job = Job(name, 4, 4, config={"gradient_clipping": LIMIT})
+    found, same = run(job), run(replace(job, schedule={"name": name, "decisions": "latest"}))
+    assert_same(found, same)
+
+
 @pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 1}}])
 def test_amdp_clips_by_the_norm_of_the_whole_model(config: dict[str, Any]) -> None:
-    """Found in another order than the oracle's: equal to the rounding of a norm in fp32."""
+    """In a meeting. Found in another order than the oracle's: equal to the rounding of a norm in fp32."""
 
-    def clip(parameters: list[nn.Parameter]) -> None:
+    def clip_whole(parameters: list[nn.Parameter]) -> None:
         norms = [parameter.grad.norm() for parameter in parameters]
         assert len(norms) == 4 * 4 and max(norms) < torch.stack(norms).norm() > 0.05
         nn.utils.clip_grad_norm_(parameters, 0.05)
 
-    job = Job("amdp", 4, 4, config={**config, "gradient_clipping": 0.05})
+    job = Job({"name": "amdp", "decisions": "meeting"}, 4, 4, config={**config, "gradient_clipping": 0.05})
     found = run(job)
-    pipeline, losses = oracle(replace(job, schedule={"name": "amdp", "updates": "together"}), before_step=clip)
+    pipeline, losses = oracle(job, before_step=clip_whole)
     for result in found:
         assert result["losses"] == pytest.approx(losses, rel=1e-5)
         for stage, weights in result["weights"].items():
@@ -214,13 +341,6 @@ def test_error_feedback(stages: int, size: int) -> None:
     job = Job({"name": "paci", **FEEDBACK, "strength": 0.7}, stages, size, "counting", optimizer=optimizer)
     for result in check(job):
         assert_ahead(result)
-
-
-MASTERS = {
-    "bf16": {"config": {**BF16, "communication_data_type": "fp32"}, "dtype": torch.bfloat16},
-    "ZeRO-1": {"config": {"zero_optimization": {"stage": 1}}},
-}
-"""Jobs whose optimizer steps master copies, which are the plain iterate."""
 
 
 @pytest.mark.parametrize("masters", [None, *MASTERS])

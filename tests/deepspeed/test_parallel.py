@@ -58,7 +58,7 @@ def both_replicas(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 CLIPPED = {"gradient_clipping": 0.05}
-TOGETHER = {"name": "amdp", "updates": "together"}
+TOGETHER = {"name": "amdp", "decisions": "meeting"}
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_tensor_parallel_equals_the_whole(name: str, stages: int, replicas: int,
     clipping = config.get("gradient_clipping", 0.0)
     ranks = 2 * replicas
     found = run_ranks(ranks * stages, tensor_parallel.train, job)
-    options = {"updates": "together"} if name == "amdp" and clipping else {}
+    options = {"decisions": "meeting"} if name == "amdp" and clipping else {}
     schedules = {name: make(name, stages, job.size, **options), "1f1b": make("1f1b", stages, job.size)}
     for other, schedule in schedules.items():
         whole = tensor_parallel.whole_layers(stages)

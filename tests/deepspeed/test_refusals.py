@@ -72,8 +72,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "window that does not divide": ({**section("chimera"), "gradient_accumulation_steps": 3}, ["3", "use 2 or 4"]),
     "directions that do not divide": (section({"name": "amdp", "directions": 3}), ["directions"]),
-    "parked gradients": (section({"name": "amdp", "updates": "parked"}), ["sums the next window's", '"together"']),
-    "unknown updates": (section({"name": "amdp", "updates": "never"}), ["together", "independent", "'never'"]),
+    "parked gradients": (section({"name": "amdp", "parked": True}), ["sums the next window's", 'leave out "parked"']),
+    "unknown decisions": (section({"name": "amdp", "decisions": "never"}), ["meeting", "latest", "'never'"]),
     "compensation of nothing": (
         section({"name": "1f1b", "compensation": "error_feedback"}),
         ["1f1b: compensation 'error_feedback' means nothing", "no gradient is late (staleness 0)", "free-running"],
@@ -106,12 +106,12 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["correction_decay is of corrected weights, above 0 and below 1", "got 1.0"],
     ),
     "fp16": (
-        {**PACI, "fp16": {"enabled": True}},
-        ['"fp16"', "all stages must decide together", '"bf16"', '"together"'],
+        {**section({"name": "paci", "decisions": "latest"}), "fp16": {"enabled": True}},
+        ['"fp16"', "all stages must decide together", '"bf16"', '"relayed" (paci)', '"meeting"'],
     ),
     "fp16 with independent updates": (
-        {**section({"name": "amdp", "updates": "independent"}), "fp16": {"enabled": True}},
-        ['"fp16"', '"updates": "together"'],
+        {**section({"name": "amdp", "decisions": "local"}), "fp16": {"enabled": True}},
+        ['"fp16"', '"decisions": "relayed" (paci) or "meeting"'],
     ),
     "amp": ({**PACI, "amp": {"enabled": True}}, ['"amp"', "apex", '"bf16"']),
     "torch_autocast": (
@@ -199,7 +199,7 @@ def test_tied_layers_across_stages_are_refused() -> None:
     """On one stage they work."""
     for message in run_ranks(2, attempt_tied, Job("paci")):
         assert "tied layers words live on several stages" in message
-        assert "untie them" in message and '"updates": "together"' in message
+        assert "untie them" in message and '"decisions": "meeting"' in message
 
 
 def attempt_partitioned(rank: int, job: Job) -> list[str]:

@@ -65,6 +65,8 @@ def _save_distributed(trainer: Trainer, directory: Path) -> None:
 def _load_distributed(trainer: Trainer, directory: Path) -> Beside:
     if trainer.job.distributed_optimizer:
         trainer.train(1)  # it cannot tell what it would load before it has made a step
+        if trainer.is_scheduled:
+            trainer.hook.quiesce()  # which makes those that wait for a decision
     state = dist_checkpointing.load(_sharded(trainer), str(directory))
     trainer.bare.load_state_dict(state["model"])
     with torch.no_grad():  # of the distributed optimizer, parts in fp32 are views of the weights

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from amdp_plugin.megatron.stage_view import StageGroup, acting_as
 from amdp_plugin.runtime.serial import SerialPipeline
-from amdp_plugin.settings import read_schedule
+from amdp_plugin.settings import Needs, read_schedule
 from tests.devices import on_gpu
 from tests.processes import run_ranks
 
@@ -70,11 +70,13 @@ def make_adam(job: Job, parameters: list[nn.Parameter]) -> torch.optim.Optimizer
     )
 
 
-def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any, loss: Any = oracle_loss) -> dict[str, Any]:
+def run_oracle(
+    rank: int, job: Job, phases: Phases, before_step: Any, loss: Any = oracle_loss, **more: Any
+) -> dict[str, Any]:
     initialize(replace(job, pipeline=1, tensor=1))
     settings = read_schedule(job.schedule, "the test")
-    meet = job.clip > 0 or job.tied or job.fp16
-    schedule = settings.make(job.pipeline, job.micro_batches, meet)
+    needs = Needs(norm=job.clip > 0, exact=job.tied or job.fp16)
+    schedule = settings.make(job.pipeline, job.micro_batches, needs)
     stages = [OracleStage(job, stage) for stage in range(job.pipeline)]
     if job.tied:  # Megatron lets the last stage take it from the first when it builds them
         stages[-1].module.output_layer.weight.data.copy_(stages[0].module.embedding.word_embeddings.weight)
@@ -87,11 +89,12 @@ def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any, loss: Any 
         seeds=[100 + stage for stage in range(job.pipeline)],
         master_dtype=torch.float32 if job.bf16 or job.fp16 else None,
         before_step=before_step,
+        **{"measure": squares, "decide": partial(clip_by, job.clip), **more},
     )
     batches, losses = all_replicas(job), []
     for iterations, size in phases:
         if size != pipeline.schedule.micro_batches:
-            pipeline.schedule = settings.make(job.pipeline, size, meet)
+            pipeline.schedule = settings.make(job.pipeline, size, needs)
             pipeline.used.clear()
         first = pipeline.versions[0] * size
         pipeline.train(batches, iterations)
@@ -114,6 +117,19 @@ def run_oracle(rank: int, job: Job, phases: Phases, before_step: Any, loss: Any 
             for rank in ranks
         ],
     }
+
+
+def squares(gradients: list[Tensor | None]) -> float:
+    """The sum that stages tell each other."""
+    return float(torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm().square())
+
+
+def clip_by(limit: float, parameters: list[nn.Parameter], total: float) -> None:
+    """By the sum of squares that is known of all stages."""
+    if limit:
+        assert total**0.5 > limit, "the case must clip"
+        for parameter in parameters:
+            parameter.grad.mul_(limit / (total**0.5 + 1e-6))
 
 
 def all_replicas(job: Job) -> Iterator[tuple[Tensor, Tensor]]:

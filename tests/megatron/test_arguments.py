@@ -109,13 +109,14 @@ def test_decisions_common_to_all_stages_are_refused_where_they_do_not_meet() -> 
     tied, scaled = arguments(untie_embeddings_and_output_weights=False), arguments(fp16=True)
     with pytest.raises(ValueError, match=r"'paci' cannot be used with tied embeddings: .*--untie-embeddings"):
         check_arguments(tied, read_schedule("paci", "here"))
-    with pytest.raises(ValueError, match=r"'paci' cannot be used with --fp16: .*--bf16"):
-        check_arguments(scaled, read_schedule("paci", "here"))
+    with pytest.raises(ValueError, match=r"'paci' cannot be used with --fp16, which scales the loss: .*--bf16"):
+        check_arguments(scaled, read_schedule({"name": "paci", "decisions": "latest"}, "here"))
     for schedule in ("amdp", "1f1b", "chimera"):  # amdp: its updates then meet by themselves
         check_arguments(tied, read_schedule(schedule, "here"))
+    for schedule in ("paci", "amdp", "1f1b", "chimera"):
         check_arguments(scaled, read_schedule(schedule, "here"))
     with pytest.raises(ValueError, match="tied embeddings"):
-        check_arguments(tied, read_schedule({"name": "amdp", "updates": "independent"}, "here"))
+        check_arguments(tied, read_schedule({"name": "amdp", "decisions": "local"}, "here"))
 
 
 def test_windows_that_a_schedule_cannot_have() -> None:

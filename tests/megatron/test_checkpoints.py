@@ -23,6 +23,7 @@ from .training import Trainer, assert_same, assert_same_weights, copies
 
 HALF = 3
 AHEAD_PACI, AHEAD_AMDP = {"name": "paci", **FEEDBACK}, {"name": "amdp", **FEEDBACK}
+RELAYED = {"name": "paci", "decisions": "relayed", "compensation": "error_feedback"}
 FLUSHED = {f"flushed first, {at}": {**AHEAD_PACI, "flush_first": first} for at, first in
            {"saved before": HALF + 1, "saved there": HALF, "saved after": HALF - 1}.items()}  # fmt: skip
 """With a flush at every window at first, until shortly before or after the checkpoint."""
@@ -42,6 +43,10 @@ JOBS = {
     "error feedback, distributed optimizer": Job(AHEAD_PACI, 2, 2, data=2, clip=0.05, model=DROPOUT, **DISTRIBUTED),
     "error feedback, distributed, bf16": Job(AHEAD_PACI, 2, 2, data=2, bf16=True, model=DROPOUT, **DISTRIBUTED),
     **{name: Job(schedule, 3, 2, model=DROPOUT) for name, schedule in FLUSHED.items()},
+    "latest": Job({"name": "paci", "decisions": "latest"}, 3, 2, clip=0.05, model=DROPOUT),
+    "relayed": Job(RELAYED, 3, 2, clip=0.05, model=DROPOUT),
+    "relayed, deep": Job(RELAYED, 4, 1, clip=0.05, model=DROPOUT),
+    "relayed, distributed optimizer, bf16": Job(RELAYED, 2, 2, data=2, bf16=True, model=DROPOUT, **DISTRIBUTED),
     "error feedback, amdp": Job(AHEAD_AMDP, 4, 4, model=DROPOUT),
     "pipemare": Job(PIPEMARE, 3, 2, model=DROPOUT),
     "pipemare, distributed, bf16": Job(PIPEMARE, 3, 2, data=2, bf16=True, model=DROPOUT, **DISTRIBUTED),
@@ -84,7 +89,11 @@ def load_and_go_on(rank: int, job: Job, directory: Path, kind: str, used: bool) 
 def test_resumed_run_equals_the_one_that_went_on(case: str, kind: str, tmp_path: Path) -> None:
     job = JOBS[case]
     written = run_ranks(job.world, save_and_go_on, job, tmp_path, kind)
-    assert_same(run_ranks(job.world, load_and_go_on, job, tmp_path, kind, kind == "torch"), written)
+    read = run_ranks(job.world, load_and_go_on, job, tmp_path, kind, kind == "torch")
+    if job.schedule is RELAYED:  # the updates that the checkpoint hastened are told in the calls that follow it
+        for result in (*written, *read):
+            result["norms"] = result["norms"][job.pipeline - 1 :]
+    assert_same(read, written)
 
 
 @pytest.mark.parametrize("case", ["paci", "amdp"])

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 from bisect import bisect
 from itertools import accumulate, pairwise
+from math import isfinite
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from amdp_plugin.plan.schedules import make
+from amdp_plugin.settings import Needs, check_loss_scale, read_schedule
 from tests.processes import run_ranks
 
 from .jobs import DISTRIBUTED, DROPOUT, Job
-from .oracle import assert_equals_oracle, oracle_loss, run_oracle
+from .oracle import assert_equals_oracle, nothing, oracle_loss, run_oracle
 from .test_stock import HALF
 from .training import Trainer, copies
 
@@ -125,3 +128,75 @@ def test_all_stages_skip_and_rescale_together(job: Job) -> None:
         assert result["scales"] == expected["scales"]
         assert [norm is None for norm in result["norms"]] == skipped, "what the loop moves its learning rate by"
         assert result["changed"] == [not each for each in skipped]
+
+
+class RelayedScale(LossScale):
+    """Where every stage decides for itself, by what it is told of all: the same, one update after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._updates: dict[int, int] = {}
+
+    def after(self, updates: int) -> float:
+        return self.scales[updates]
+
+    def decide(self, parameters: list[nn.Parameter], total: float) -> None:
+        """Leave a stage's optimizer without gradients where any stage's are not finite."""
+        stage, broken = id(parameters[0]), not isfinite(total)
+        self._updates[stage] = self._updates.get(stage, 0) + 1
+        own = [number for number, each in enumerate(parameters) if each.grad is not None]
+        if len(self.scales) == self._updates[stage]:
+            self.overflows.append([])
+            self.scales.append(self._next(broken))
+        finite = all(parameters[number].grad.isfinite().all() for number in own)
+        self.overflows[self._updates[stage] - 1].append(0 if finite else 1)
+        for parameter in parameters:
+            parameter.grad = None if broken else parameter.grad
+
+
+def run_relayed_oracle(rank: int, job: Job) -> dict[str, Any]:
+    scale = RelayedScale()
+    more = {"decide": scale.decide, "loss_scale": scale.after}
+    result = run_oracle(rank, job, [(WINDOWS, job.micro_batches)], nothing, **more)
+    return {**result, "scales": scale.scales, "overflows": scale.overflows}
+
+
+def train_relayed(rank: int, job: Job) -> dict[str, Any]:
+    """With the scale after every call, and at the end."""
+    trainer = Trainer(rank, job)
+    scales = []
+    for _ in range(WINDOWS):
+        trainer.train(1)
+        scales.append(float(trainer.optimizer.get_loss_scale()))
+    result = trainer.result()
+    return {**result, "scales": [*scales, float(trainer.optimizer.get_loss_scale())]}
+
+
+RELAYED_FP16 = {key: {**value, **DISTRIBUTED.get(key, {})} for key, value in FP16.items()}
+
+
+@pytest.mark.parametrize("more", [FP16, RELAYED_FP16], ids=["", "distributed optimizer"])
+@pytest.mark.parametrize(("stages", "size"), [(2, 2), (3, 4), (4, 4)])
+def test_all_stages_skip_and_rescale_without_a_meeting(stages: int, size: int, more: dict[str, Any]) -> None:
+    """The scale is, micro-batch for micro-batch, that of the oracle, which divides every gradient by its own."""
+    job = Job({"name": "paci", "decisions": "relayed"}, stages, size, **more)
+    found = run_ranks(job.world, train_relayed, job)
+    [expected] = run_ranks(1, run_relayed_oracle, job)
+    alone = [0 < sum(stages_hit) < job.pipeline for stages_hit in expected["overflows"]]
+    assert any(alone), "some stages alone would have gone on"
+    scales = expected["scales"]
+    assert any(after > before for before, after in pairwise(scales)), "the scale rises too"
+    assert_equals_oracle(found, expected)
+    for result in found:
+        late = 1 if result["stage"] else 0
+        assert result["scales"] == [*scales[1 - late : WINDOWS + 1 - late], scales[WINDOWS]]
+
+
+@pytest.mark.parametrize("schedule", ["paci", {"name": "paci", "decisions": "meeting"}])
+def test_a_job_with_a_loss_scale_asks_for_exact_decisions(schedule: Any) -> None:
+    """By itself; with windows too short to relay, in a meeting."""
+    assert read_schedule(schedule, "here").make(4, 2, Needs(exact=True)).decisions == "meeting"
+    relays = read_schedule(schedule, "here").make(4, 4, Needs(exact=True)).decisions
+    assert relays == ("relayed" if schedule == "paci" else "meeting")
+    with pytest.raises(ValueError, match="between windows of at least 4 micro-batches, with one in flight"):
+        check_loss_scale(make("paci", 4, 3, decisions="relayed"), "--fp16", "--bf16")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .jobs import DISTRIBUTED, DROPOUT, Job
-from .oracle import assert_equals_oracle, comparable, oracle
+from .oracle import assert_equals_oracle, comparable, nothing, oracle
 from .test_stock import FULL, OVERLAP, SELECTIVE
 from .training import run
 
@@ -52,7 +52,7 @@ def test_versions_of_weights(schedule: Any, stages: int, size: int) -> None:
         (2, 4, {}),
         (4, 2, {}),
         (4, 4, {}),
-        (4, 8, {"updates": "together"}),
+        (4, 8, {"decisions": "meeting"}),
         (4, 4, {"directions": 1}),
         (4, 4, {"preload": 0}),
         (8, 8, {}),
@@ -159,11 +159,19 @@ def clip_whole_model(parameters: list[nn.Parameter]) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, DISTRIBUTED], ids=["", "distributed optimizer"])
-@pytest.mark.parametrize(("name", "clipping"), [("paci", clip), ("amdp", clip_whole_model)])
-def test_clipping(name: str, clipping: Any, more: dict[str, Any]) -> None:
-    """By the norm of the stage under paci, and of the whole model where updates meet. Megatron sums the squares in
-    another order than the oracle, so norms, and all that comes of them, are equal to the rounding of fp32."""
-    job = Job(name, 4, 4, clip=LIMIT, **{**more, "optimizer": {**LOOSE, **more.get("optimizer", {})}})
+@pytest.mark.parametrize(
+    ("name", "decisions", "clipping"),
+    [
+        ("paci", "local", clip), ("paci", "latest", nothing), ("paci", "relayed", nothing),
+        ("amdp", "latest", nothing), ("amdp", "meeting", clip_whole_model), ("paci", "meeting", clip_whole_model),
+    ],
+)  # fmt: skip
+def test_clipping(name: str, decisions: str, clipping: Any, more: dict[str, Any]) -> None:
+    """By the norm of the stage, of the whole model where updates meet, or by what is known of it. Megatron sums the
+    squares in another order than the oracle, so norms, and all that comes of them, are equal to the rounding of
+    fp32."""
+    schedule = {"name": name, "decisions": decisions}
+    job = Job(schedule, 4, 4, clip=LIMIT, **{**more, "optimizer": {**LOOSE, **more.get("optimizer", {})}})
     found, expected = run(job), oracle(job, before_step=clipping)
     unclipped = oracle(replace(job, clip=0.0))
     for result in found:
@@ -173,10 +181,24 @@ def test_clipping(name: str, clipping: Any, more: dict[str, Any]) -> None:
         ):
             torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
             assert not torch.allclose(value, far, rtol=1e-5, atol=1e-6) or torch.equal(other, far)
-    if name == "paci":
-        assert len({tuple(result["norms"]) for result in found}) == 4, "each stage has its own norm"
-    else:
-        assert len({tuple(result["norms"]) for result in found}) == 1, "one norm for all"
+    norms = {tuple(result["norms"]) for result in found}
+    if decisions == "relayed":
+        assert {result["norms"][0] for result in found[1:]} == {None}, "the first update is still to come"
+        norms = {norms[1:] if norms[0] is None else norms[:-1] for norms in norms}
+    assert len(norms) == (1 if decisions in ("meeting", "relayed") else 4), "one norm for all, or each stage has one"
+
+
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 1), (3, 3), (4, 2), (4, 6)])
+def test_relayed_decisions(stages: int, size: int) -> None:
+    """Windows below, at and above the number of stages, with dropout: updates stand elsewhere, whatever they do."""
+    check(Job({"name": "paci", "decisions": "relayed"}, stages, size, model=DROPOUT), iterations=6)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("more", [{}, DISTRIBUTED, {"ddp": OVERLAP}], ids=["", "distributed optimizer", "overlap"])
+def test_relayed_decisions_with_masters_and_parts(more: dict[str, Any], bf16: bool) -> None:
+    schedule = {"name": "paci", "decisions": "relayed", **FEEDBACK}
+    check(Job(schedule, 2, 4, data=2, alike=True, bf16=bf16, model=DROPOUT, **more))
 
 
 @pytest.mark.parametrize(

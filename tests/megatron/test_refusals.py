@@ -103,8 +103,8 @@ def attempt_the_rest(rank: int, job: Job) -> dict[str, str]:
         "without DDP": attempt(trainer, "paci", model=trainer.bare),
         "window": attempt(trainer, "amdp", num_microbatches=3),
         "tied": attempt(tied, "paci"),
-        "tied, independent": attempt(tied, {"name": "amdp", "updates": "independent"}),
-        "parked": attempt(trainer, {"name": "amdp", "updates": "parked"}),
+        "tied, independent": attempt(tied, {"name": "amdp", "decisions": "local"}),
+        "parked": attempt(trainer, {"name": "amdp", "parked": True}),
         "costs": attempt(trainer, {"name": "paci", "stage_costs": [1.0, 1.0]}),
         "compensation of nothing": attempt(trainer, {"name": "1f1b", "compensation": "error_feedback"}),
         "loss scale": attempt_with_fp16(trainer),
@@ -121,7 +121,7 @@ def attempt_the_rest(rank: int, job: Job) -> dict[str, str]:
 
 def attempt_with_fp16(trainer: Trainer) -> str:
     trainer.config.fp16 = True
-    message = attempt(trainer, "paci")
+    message = attempt(trainer, {"name": "paci", "decisions": "local"})
     trainer.config.fp16 = False
     return message
 
@@ -137,11 +137,11 @@ MESSAGES = {
     "without DDP": ["must be under Megatron's DistributedDataParallel"],
     "window": ["3 micro-batches do not divide over 2 directions", "use 2 or 4"],
     "tied": ["tied embeddings", "--untie-embeddings-and-output-weights", "whose updates meet", "1f1b"],
-    "tied, independent": ["tied embeddings", "amdp with updates together"],
-    "parked": ['"together"'],
+    "tied, independent": ["tied embeddings", "amdp with decisions in a meeting"],
+    "parked": ['leave out "parked"'],
     "costs": ["stage costs need one entry for each of 4 stages, got 2"],
     "compensation of nothing": ["1f1b: compensation 'error_feedback' means nothing", "(staleness 0)"],
-    "loss scale": ["--fp16", "its loss scale is a decision of all stages", "--bf16"],
+    "loss scale": ["--fp16", "all stages must decide together", "--bf16"],
     "not attached": ["attach(model, optimizer) comes before the first call"],
     "other model": ["another model than the one that attach() was given"],
     "iterators": ["each rank has one data iterator, got 2"],

@@ -8,8 +8,9 @@ from amdp_plugin.plan import schedules
 from amdp_plugin.plan.action import Action
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.placement import Placement
+from amdp_plugin.plan.priorities import backward_first, forward_first
 from amdp_plugin.plan.program import Program
-from amdp_plugin.plan.schedule import Schedule, backward_first, forward_first
+from amdp_plugin.plan.schedule import Schedule
 
 BIDIRECTIONAL = Placement(((0, 1, 2, 3), (3, 2, 1, 0)))
 ROUND = Placement(((0, 1, 2), (1, 2, 0)))
@@ -59,8 +60,8 @@ def made(
         in_flight=tuple(min(admitted, stages - stage) for stage in range(stages)),
         max_gap=(every - 1 if every else max_gap,) * stages,
         priorities=(priority,),
-        update_delay=update_delay,
-        together=together,
+        update_delay=(update_delay,) * stages,
+        decisions="meeting" if together else "local",
     )
 
 
@@ -74,6 +75,8 @@ def named(draw) -> Schedule:
         "pipedream": {"vertical_sync": st.booleans()},
     }
     options = {key: draw(values) for key, values in of_names.get(name, {}).items()}
+    if name == "paci" and options["flush_every"] != 1:
+        options["decisions"] = draw(st.sampled_from(["local", "latest", "relayed", "meeting"]))
     return schedules.make(name, stages, micro_batches, **options)
 
 

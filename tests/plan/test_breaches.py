@@ -277,7 +277,7 @@ def test_no_action_of_a_complete_window_can_be_dropped(case, data):
     due = [
         at
         for at, action in enumerate(row)
-        if action.window(schedule.micro_batches) < 2 and (action.kind in "FB" or not schedule.update_delay)
+        if action.window(schedule.micro_batches) < 2 and (action.kind in "FB" or not any(schedule.update_delay))
     ]
     at = data.draw(st.sampled_from(due))
     error = breach(with_row(program, rank, (*row[:at], *row[at + 1 :])))

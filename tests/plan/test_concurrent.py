@@ -13,8 +13,8 @@ from amdp_plugin.plan import schedules
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.placement import Placement
 from amdp_plugin.plan.planner import Planner
+from amdp_plugin.plan.priorities import Priority
 from amdp_plugin.plan.report import Report, report
-from amdp_plugin.plan.schedule import Priority
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.simulate import simulate, steady_state
 from amdp_plugin.plan.verify import verify
@@ -69,7 +69,7 @@ def _check_what_amdp_promises(found: Report) -> None:
     assert max(found.mismatched_by_stage) <= found.stages + preload * directions
     assert max(found.peak_in_flight_by_rank) <= found.stages + preload * directions <= 1.5 * found.stages
     assert found.weight_copies_by_rank == (directions,) * found.stages
-    parked = found.options.get("updates") == "parked"
+    parked = "parked" in found.options
     assert found.gradient_copies_by_rank == (directions + parked,) * found.stages
     assert found.optimizer_states_by_rank == (1,) * found.stages
 
@@ -91,7 +91,7 @@ def test_at_least_as_good_as_the_orders_of_the_authors(num_stages: int, ratio: f
 @pytest.mark.parametrize("num_stages", [4, 8])
 @pytest.mark.parametrize(("link", "least"), [(0.0, 0.97), (0.1, 0.93)])
 def test_utilization_of_updates_together(num_stages: int, link: float, least: float) -> None:
-    found = figures(num_stages, link=link, updates="together")
+    found = figures(num_stages, link=link, decisions="meeting")
     assert found.utilization >= least
     _check_what_amdp_promises(found)
 
@@ -100,15 +100,16 @@ def test_utilization_of_updates_together(num_stages: int, link: float, least: fl
 @pytest.mark.parametrize("link", [0.0, 0.1])
 def test_parked_gradients_keep_ranks_as_busy_as_independent_updates(num_stages: int, link: float) -> None:
     """One backward of delay is enough: what more would bring is not worth a test's time."""
-    parked, independent = (figures(num_stages, link=link, updates=updates) for updates in ("parked", "independent"))
+    parked = figures(num_stages, link=link, decisions="meeting", parked=True)
+    independent = figures(num_stages, link=link)
     assert parked.utilization >= independent.utilization - 0.005
     _check_what_amdp_promises(parked)
 
 
 def test_auto_updates_are_independent_in_the_plan() -> None:
-    assert make("amdp", 4, 16) == make("amdp", 4, 16, updates="independent")
-    assert make("amdp", 4, 16, updates="together") != make("amdp", 4, 16)
-    assert make("amdp", 4, 16).options["updates"] == "independent"
+    assert make("amdp", 4, 16) == make("amdp", 4, 16, decisions="local")
+    assert make("amdp", 4, 16, decisions="meeting") != make("amdp", 4, 16)
+    assert make("amdp", 4, 16, decisions="meeting").options["decisions"] == "meeting"
 
 
 @pytest.mark.parametrize(("directions", "most"), [(1, 4), (2, 2), (4, 1)])
@@ -167,8 +168,9 @@ def test_programs_obey_the_laws(data: st.DataObject) -> None:
     options: dict[str, Any] = {}
     if name == "amdp":
         preload = data.draw(st.sampled_from([None, 0, 1, 2]))
-        updates = data.draw(st.sampled_from(["auto", "independent", "together", "parked"]))
-        options = {"directions": directions, "preload": preload, "updates": updates}
+        decisions = data.draw(st.sampled_from(["auto", "local", "latest", "meeting"]))
+        parked = data.draw(st.booleans()) if decisions == "meeting" else False
+        options = {"directions": directions, "preload": preload, "decisions": decisions, "parked": parked}
     schedule = make(name, num_stages, directions * data.draw(st.integers(1, 6)), **options)
     seconds = st.floats(0.5, 3.0)
     costs = CostModel(
@@ -210,7 +212,8 @@ def test_chimera_halves_the_bubble() -> None:
         ("amdp", 8, 32, {"directions": 3}, "8 stages can run in 1, 2, 4 directions, got 3"),
         ("amdp", 8, 32, {"directions": 8}, "8 stages can run in 1, 2, 4 directions, got 8"),
         ("amdp", 8, 32, {"preload": -1}, "preload cannot be negative, got -1"),
-        ("amdp", 8, 32, {"updates": "never"}, "updates are auto, independent, together, parked; got 'never'"),
+        ("amdp", 8, 32, {"decisions": "never"}, "decisions are local, latest, relayed, meeting; got 'never'"),
+        ("1f1b", 4, 8, {"decisions": "latest"}, "where all stages meet anyway; leave out 'latest'"),
         ("chimera", 3, 4, {}, "two mirrored directions need an even number of stages, got 3"),
         ("chimera", 4, 3, {}, "3 micro-batches do not divide over 2 directions; use 2 or 4"),
     ],

@@ -11,7 +11,8 @@ from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.handover import read, written
 from amdp_plugin.plan.list_scheduler import ListScheduler
 from amdp_plugin.plan.planner import TRIAL_STAGES, Planner
-from amdp_plugin.plan.schedule import Priority, Schedule
+from amdp_plugin.plan.priorities import Priority
+from amdp_plugin.plan.schedule import Schedule
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.verify import verify
 

@@ -46,7 +46,7 @@ def test_windows_cover_every_action_once_and_in_turn(case):
         for stage in schedule.placement.stages[rank]:
             updates = [action.index for action in row if action.stage == stage and action.kind == "U"]
             assert updates == list(range(len(updates)))
-            assert schedule.update_delay or len(updates) == windows
+            assert any(schedule.update_delay) or len(updates) == windows
 
 
 @SLOW

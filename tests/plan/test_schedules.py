@@ -293,7 +293,7 @@ def test_schedules_that_make_no_sense_are_refused():
         Schedule("made", line, 2, False, (1, 0), (0, 0))
     with pytest.raises(ValueError, match="flush_every counts windows, 0 for never; got -1"):
         schedules.make("paci", 2, 2, flush_every=-1)
-    with pytest.raises(ValueError, match="update_delay counts backwards, at least 0; got -1"):
+    with pytest.raises(ValueError, match="update_delay counts backwards, at least 0; got \\(-1, -1"):
         made(line, 2, update_delay=-1)
     with pytest.raises(ValueError, match="weights are latest, stashed, previous, "):
         replace(made(line, 2), weights="stahsed")

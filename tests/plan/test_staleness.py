@@ -40,11 +40,11 @@ def test_flushes_in_between_by_hand() -> None:
     assert planned_coefficient(Planner(schedule)) == 0.25
 
 
-@pytest.mark.parametrize("updates", ["independent", "together"])
+@pytest.mark.parametrize("decisions", ["local", "meeting"])
 @pytest.mark.parametrize(("stages", "micro_batches"), [(4, 8), (8, 32), (6, 12)])
-def test_amdp_counts_the_micro_batches_that_see_an_update(stages: int, micro_batches: int, updates: str) -> None:
+def test_amdp_counts_the_micro_batches_that_see_an_update(stages: int, micro_batches: int, decisions: str) -> None:
     """No gradient is late by more than one: in the mean by the share of the micro-batches that see the update."""
-    planner = Planner(schedules.make("amdp", stages, micro_batches, updates=updates, **FEEDBACK))
+    planner = Planner(schedules.make("amdp", stages, micro_batches, decisions=decisions, **FEEDBACK))
     found = report(planner, 1)
     assert found.mean_staleness_by_stage == tuple(count / micro_batches for count in found.mismatched_by_stage)
     assert planned_coefficient(planner) == found.coefficient == max(found.mean_staleness_by_stage) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,10 @@ from amdp_plugin.plan.extrapolation import planned_extrapolation
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.staleness import planned_coefficient
-from amdp_plugin.runtime.channels import Channels
+from amdp_plugin.runtime.channels import Channels, keep_sent
+from amdp_plugin.runtime.decisions import Decisions
 from amdp_plugin.runtime.exchange import Exchange, gradient_links, weight_links
-from amdp_plugin.runtime.executor import Executor, keep_sent
+from amdp_plugin.runtime.executor import Executor
 from amdp_plugin.runtime.feedback import ErrorFeedback
 from amdp_plugin.runtime.pipeline import stage_links
 from amdp_plugin.runtime.plain import PlainWorker
@@ -55,6 +57,7 @@ class Case(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
     stage_costs: tuple[float, ...] = ()
     dynamic_shapes: bool = False
+    clipping: float = 0.0
 
     def make(self) -> Any:
         return make(self.schedule, self.stages, self.micro_batches, **dict(self.options))
@@ -99,7 +102,9 @@ def make_executor(
     }
     reads = any(placement.is_end(rank, micro_batch) for micro_batch in range(placement.directions))
     micro_batches = (placed(case.dtype) if feed is None else feed) if reads else None
-    worker = PlainWorker(schedule, rank, modules, optimizers, loss, micro_batches, planned_coefficient(planner))
+    worker = PlainWorker(
+        schedule, rank, modules, optimizers, loss, micro_batches, planned_coefficient(planner), case.clipping
+    )
     exchange = None
     if worker.replicas:
         gradients, weights = make_transport(gradient_links(placement)), make_transport(weight_links(placement))
@@ -110,7 +115,11 @@ def make_executor(
     extrapolation = worker.extrapolation.get(rank)
     if extrapolation is not None:
         extrapolation.begin(planned_extrapolation(planner))
-    return Executor(planner, rank, worker, channels, watch, exchange, first, extrapolation), worker
+    if case.clipping:
+        worker.decisions = Decisions(planner, first, rank, channels, watch)
+    return Executor(
+        planner, rank, worker, channels, watch, exchange, first, worker.decisions, extrapolation
+    ), worker
 
 
 def make_oracle(case: Case) -> SerialPipeline:
@@ -122,7 +131,23 @@ def make_oracle(case: Case) -> SerialPipeline:
         case.make(),
         costs=case.costs(),
         seeds=[100 + stage for stage in range(case.stages)],
+        measure=squares,
+        decide=partial(clip, case.clipping),
     )
+
+
+def squares(gradients: list[Tensor | None]) -> float:
+    """The sum that stages tell each other."""
+    return float(torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).square().sum())
+
+
+def clip(limit: float, parameters: list[nn.Parameter], total: float) -> None:
+    """By the sum that is known of all stages."""
+    if limit:
+        norm = torch.tensor(total).sqrt()
+        assert norm > limit, "the case must clip"
+        for parameter in parameters:
+            parameter.grad = parameter.grad * (limit / norm)
 
 
 def oracle_of_parts(

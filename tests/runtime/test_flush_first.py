@@ -71,7 +71,7 @@ def test_it_is_1f1b_and_then_the_schedule_from_an_empty_pipeline() -> None:
     [
         ("paci", 4, 2, {}), ("paci", 8, 8, {"extra_in_flight": 2}), ("pipedream", 4, 1, {}),
         ("pipedream-2bw", 4, 4, {}),
-        ("amdp", 8, 8, {}), ("amdp", 8, 16, {"updates": "together"}), ("amdp", 6, 12, {"directions": 3}),
+        ("amdp", 8, 8, {}), ("amdp", 8, 16, {"decisions": "meeting"}), ("amdp", 6, 12, {"directions": 3}),
     ],
 )  # fmt: skip
 def test_the_opening_of_every_schedule_obeys_the_laws(

@@ -67,7 +67,7 @@ def test_paci_with_error_feedback(stages: int, size: int, optimizer: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("stages", "size", "options"), [(2, 2, {}), (4, 8, {}), (4, 4, {"updates": "together"})])
+@pytest.mark.parametrize(("stages", "size", "options"), [(2, 2, {}), (4, 8, {}), (4, 4, {"decisions": "meeting"})])
 def test_amdp_with_error_feedback(stages: int, size: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     """Guests get what their home computes with."""
     check(Case("amdp", stages, size, "plain", "adamw", dtype, options=(*options.items(), *FEEDBACK)))
@@ -117,3 +117,23 @@ def test_measured_in_flight_is_the_planned(schedule: str) -> None:
     program: Program = Planner(case.make()).program(5)
     planned = [max(in_flight(program, rank)) for rank in range(4)]
     assert [end["peak"] for end in run_ranks(4, train, 5, case)] == planned
+
+
+@pytest.mark.parametrize("decisions", ["latest", "relayed", "meeting"])
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 1), (3, 2), (4, 1), (4, 2), (4, 4), (4, 6)])
+def test_decisions(stages: int, size: int, decisions: str) -> None:
+    """Windows below, at and above the number of stages; where they are relayed, several may be parked at once."""
+    clipping = 0.0 if decisions == "meeting" else 0.05
+    check(Case("paci", stages, size, "counting", "adamw", options=(("decisions", decisions),), clipping=clipping), 7)
+
+
+@pytest.mark.parametrize("decisions", ["latest", "relayed"])
+@pytest.mark.parametrize("options", [{"flush_every": 3}, {"extra_in_flight": 2}, {"flush_first": 2}, dict(FEEDBACK)])
+def test_decisions_and_other_options(options: dict[str, Any], decisions: str) -> None:
+    chosen = (("decisions", decisions), *options.items())
+    for kind, size in (("recomputed", 2), ("tuples", 4)):
+        check(Case("paci", 3, size, kind, "adamw", options=chosen, clipping=0.05), 7)
+
+
+def test_amdp_with_the_latest_decisions() -> None:
+    check(Case("amdp", 4, 8, options=(("decisions", "latest"),), clipping=0.05))

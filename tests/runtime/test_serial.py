@@ -164,7 +164,7 @@ def test_a_program_that_breaks_a_law_is_not_trained() -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (make("amdp", 4, 4, updates="parked"), "sums the next window's, so update_delay must be 0, it is 1"),
+        (make("amdp", 4, 4, parked=True), "sums the next window's, so update_delay must be 0, it is 1"),
     ],
 )
 def test_what_can_only_be_planned_is_refused_everywhere(schedule: Schedule, message: str) -> None:

@@ -7,9 +7,10 @@ through the entry-point group ``amdp_plugin.schedules``: the entry's name is the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -111,6 +112,7 @@ def make(
     compensation: str = "none",
     strength: float = 1.0,
     flush_first: int = 0,
+    decisions: str = "auto",
     **chosen: Any,
 ) -> Schedule:
     """Schedule ``name`` for a pipeline of ``num_stages`` and windows of ``micro_batches``.
@@ -118,11 +120,13 @@ def make(
     Args:
         compensation: what is done about gradients that are late; ``strength`` goes with it. See :class:`.Schedule`.
         flush_first: windows at the start of a job that end with a flush all the same.
+        decisions: how stages decide what concerns all of them; ``"auto"``: as the schedule itself has it. See
+            :class:`.Schedule`.
         chosen: the schedule's own options.
 
     Raises:
-        ValueError: for an unknown name, an unknown option, numbers that make no schedule, compensation of a schedule
-            that flushes, or a function that makes another schedule than it was asked for.
+        ValueError: for an unknown name, an unknown option, numbers that make no schedule, compensation or decisions of
+            a schedule that flushes, or a function that makes another schedule than it was asked for.
     """
     make_schedule, known = _find(name)
     _refuse_unknown(name, chosen.keys(), known)
@@ -145,14 +149,37 @@ def make(
         told.update(compensation=compensation, strength=strength)
     if flush_first:
         told.update(flush_first=flush_first)
+    if decisions != "auto":
+        if made.flush:
+            raise ValueError(
+                f"{name}: decisions are of schedules that do not flush at every window, where all stages meet anyway; "
+                f"leave out {decisions!r}"
+            )
+        told.update(decisions=decisions)
     return _told(made, told) if told else made
 
 
+def _gaps_of_meetings(schedule: Schedule) -> tuple[int, ...]:
+    """An update waits for the meeting, so that a micro-batch forwarded meanwhile misses it, too."""
+    per_direction = max(1, schedule.micro_batches // schedule.placement.directions)
+    most = schedule.flush_every - 1 if schedule.flush_every else sys.maxsize
+    return tuple(
+        max(gap, min(most, -(-admitted // per_direction)))
+        for gap, admitted in zip(schedule.max_gap, schedule.in_flight, strict=True)
+    )
+
+
 def _told(schedule: Schedule, told: Mapping[str, Any]) -> Schedule:
-    """``schedule`` and its alternatives with what all schedules can be told; trials know nothing of it, since it
-    changes nothing about the order of a steady window."""
+    """``schedule``, its alternatives and its smaller likes with what all schedules can be told."""
     alternatives = tuple(_told(each, told) for each in schedule.alternatives)
-    return replace(schedule, **told, alternatives=alternatives, options={**schedule.options, **told})
+    gaps = _gaps_of_meetings(schedule) if told.get("decisions") == "meeting" else schedule.max_gap
+    smaller = schedule.smaller and partial(_smaller, schedule.smaller, told)
+    options = {**schedule.options, **told}
+    return replace(schedule, **told, max_gap=gaps, alternatives=alternatives, smaller=smaller, options=options)
+
+
+def _smaller(made: Callable[[int], Schedule], told: Mapping[str, Any], at_most: int) -> Schedule:
+    return _told(made(at_most), told)
 
 
 def _refuse_unknown(name: str, chosen: Set[str], known: Options) -> None:

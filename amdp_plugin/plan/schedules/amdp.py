@@ -8,7 +8,8 @@ from typing import Any
 
 from ..action import BACKWARD, Action
 from ..placement import Placement
-from ..schedule import Priority, Schedule, backward_first
+from ..priorities import Priority, backward_first
+from ..schedule import Schedule
 
 WEIGHTS = (
     (1.0, 4.0, 0.34, -0.1, 2.0),
@@ -30,13 +31,13 @@ search over N = 4 .. 16, backward ratios 1 .. 2.5, link costs 0 and 0.1 and all 
 most often keep every rank busy; the planner tries them on the pipeline at hand and keeps the fastest."""
 
 
-UPDATE_DELAYS = {"independent": 0, "together": 0, "parked": 1}
-"""Backwards of the next window that may run before an update. One is enough to park: measured at 4 to 12 stages, with
-and without link costs, it keeps ranks as busy as independent updates do."""
+PARKED = 1
+"""Backwards of the next window that may run before an update whose gradient is parked. One is enough: measured at 4 to
+12 stages, with and without link costs, it keeps ranks as busy in spite of meetings as they are without."""
 
 
 def amdp(
-    num_stages: int, micro_batches: int, *, directions: int = 0, preload: int | None = None, updates: str = "auto"
+    num_stages: int, micro_batches: int, *, directions: int = 0, preload: int | None = None, parked: bool = False
 ) -> Schedule:
     """``num_stages / 2`` pipelines share the ranks, each rank holds as many different stages. Two micro-batches are
     admitted to each, so that no version is missed by more than one; replicas send their gradients to the stage's
@@ -48,13 +49,11 @@ def amdp(
         preload: micro-batches admitted to each beyond that, to fill the ends of windows. By default the fewest
             that are nearly as fast, under the costs at hand, as half of ``num_stages / directions``; none that
             make a gap larger than 1.
-        updates: ``"independent"``: each stage is updated when its own gradient is complete. ``"together"``: no
-            stage before all are complete, for the norm of the whole gradient. ``"parked"``: the same, but
-            backwards of the next window go on meanwhile, into one more gradient buffer. ``"auto"``:
-            independent, where nothing else decides.
+        parked: backwards of the next window go on while the stages meet (``decisions="meeting"``), into one more
+            gradient buffer.
 
     Raises:
-        ValueError: for an odd number of stages, directions that do not divide, a negative preload, or other updates.
+        ValueError: for an odd number of stages, directions that do not divide, or a negative preload.
     """
     if num_stages % 2:
         raise ValueError(f"amdp: complementary directions need an even number of stages, got {num_stages}")
@@ -65,21 +64,18 @@ def amdp(
         raise ValueError(f"amdp: {num_stages} stages can run in {allowed} directions, got {directions}")
     if preload is not None and preload < 0:
         raise ValueError(f"amdp: preload cannot be negative, got {preload}")
-    if updates not in ("auto", *UPDATE_DELAYS):
-        raise ValueError(f"amdp: updates are auto, {', '.join(UPDATE_DELAYS)}; got {updates!r}")
-    smaller = partial(_smaller, num_stages, micro_batches, used, preload, updates)
-    updates = "independent" if updates == "auto" else updates
+    smaller = partial(_smaller, num_stages, micro_batches, used, preload, parked)
     if preload is not None:
-        return replace(_preloading(preload, num_stages, micro_batches, used, updates), smaller=smaller)
+        return replace(_preloading(preload, num_stages, micro_batches, used, parked), smaller=smaller)
     least, *more = [
-        _preloading(each, num_stages, micro_batches, used, updates) for each in range(num_stages // used // 2 + 1)
+        _preloading(each, num_stages, micro_batches, used, parked) for each in range(num_stages // used // 2 + 1)
     ]
     *cheaper, schedule = [least, *(each for each in more if max(each.max_gap) == 1)]
     return replace(schedule, alternatives=tuple(cheaper), smaller=smaller)
 
 
 def _smaller(
-    num_stages: int, micro_batches: int, directions: int, preload: int | None, updates: str, at_most: int
+    num_stages: int, micro_batches: int, directions: int, preload: int | None, parked: bool, at_most: int
 ) -> Schedule:
     """In as many directions, where there is room for them. Longer windows than of two micro-batches a stage only take
     longer to try: they want the same orders."""
@@ -91,11 +87,11 @@ def _smaller(
     share = stages / num_stages
     per_direction = max(1, round(min(micro_batches, 2 * num_stages) * share / directions))
     fewer = None if preload is None else round(preload * share)
-    return amdp(stages, per_direction * directions, directions=directions, preload=fewer, updates=updates)
+    return amdp(stages, per_direction * directions, directions=directions, preload=fewer, parked=parked)
 
 
-def _preloading(preload: int, num_stages: int, micro_batches: int, directions: int, updates: str) -> Schedule:
-    admitted, delay = num_stages // directions + preload, UPDATE_DELAYS[updates]
+def _preloading(preload: int, num_stages: int, micro_batches: int, directions: int, parked: bool) -> Schedule:
+    admitted, delay = num_stages // directions + preload, PARKED if parked else 0
     per_direction = max(1, micro_batches // directions)
     return Schedule(
         name="amdp",
@@ -105,9 +101,8 @@ def _preloading(preload: int, num_stages: int, micro_batches: int, directions: i
         in_flight=(admitted,) * num_stages,
         max_gap=(-(-(admitted + delay) // per_direction),) * num_stages,
         priorities=(backward_first, *(_linear(directions, *weights) for weights in WEIGHTS)),
-        update_delay=delay,
-        together=updates != "independent",
-        options={"directions": directions, "preload": preload, "updates": updates},
+        update_delay=(delay,) * num_stages,
+        options={"directions": directions, "preload": preload, **({"parked": True} if parked else {})},
     )
 
 

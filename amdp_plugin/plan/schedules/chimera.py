@@ -1,7 +1,8 @@
 """Chimera (arXiv 2107.06925): two pipelines in opposite directions, and a flush."""
 
 from ..placement import Placement
-from ..schedule import Schedule, backward_first, oldest_first
+from ..priorities import backward_first, oldest_first
+from ..schedule import Schedule
 
 
 def chimera(num_stages: int, micro_batches: int) -> Schedule:
@@ -20,6 +21,6 @@ def chimera(num_stages: int, micro_batches: int) -> Schedule:
         in_flight=tuple(min(num_stages - stage, max(1, micro_batches // 2)) for stage in range(num_stages)),
         max_gap=(0,) * num_stages,
         priorities=(backward_first, oldest_first),
-        together=True,
+        decisions="meeting",
         smaller=lambda stages: chimera(stages, max(1, round(micro_batches * stages / num_stages / 2)) * 2),
     )

@@ -1,7 +1,8 @@
 """GPipe (arXiv 1811.06965): all forwards of a window, then all backwards, then a flush."""
 
 from ..placement import Placement
-from ..schedule import Schedule, forward_first
+from ..priorities import forward_first
+from ..schedule import Schedule
 
 
 def gpipe(num_stages: int, micro_batches: int) -> Schedule:

@@ -32,6 +32,8 @@ class CommonOptions:
         compensation: what a free-running schedule does about gradients that are late.
         strength: of error feedback, in units of the plan's own figure.
         flush_first: windows at the start of the job that end with a flush all the same.
+        decisions: how stages decide what concerns all of them, such as a norm to clip by; ``"auto"``: by what the job
+            needs.
     """
 
     name: str
@@ -42,6 +44,7 @@ class CommonOptions:
     compensation: Literal["none", "error_feedback"] = "none"
     strength: Annotated[float, Field(gt=0, lt=inf)] = 1.0
     flush_first: Annotated[int, Field(ge=0)] = 0
+    decisions: Literal["auto", "local", "latest", "relayed", "meeting"] = "auto"
 
 
 COMMON: Mapping[str, Any] = get_type_hints(CommonOptions, include_extras=True)

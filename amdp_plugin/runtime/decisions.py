@@ -1,0 +1,169 @@
+"""Sums over all stages without a collective: each stage tells its own to those that use it, in small messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import inf, isfinite
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..plan.action import UPDATE, Action
+from ..plan.decisions import sums_of, windows_ago
+from ..plan.planner import Planner
+from .channels import Channels
+from .watch import Watch
+
+
+class Answers(Protocol):
+    """What an update is told of all stages."""
+
+    def whole(self, own: Tensor) -> None:
+        """Make a stage's own sum, of one element, that of all stages, in place."""
+
+    def broken(self, own: Tensor) -> None:
+        """Make a stage's own flag, of one element, say whether the gradient of any stage is broken, in place; where
+        decisions are not relayed it stays the stage's own."""
+
+
+class Decisions:
+    """The sums that the updates of one rank's own stage take and give, where a schedule's decisions travel.
+
+    Where they are relayed, a stage tells its sum when its window has closed, :meth:`tell`; else when its update asks
+    for that of all.
+
+    Args:
+        planner: the program.
+        opening: that of the first windows, where it is another.
+        stage: the stage that is at home on this rank.
+        channels: small messages.
+        watch: what is being done and waited for.
+    """
+
+    def __init__(
+        self, planner: Planner, opening: Planner | None, stage: int, channels: Channels, watch: Watch
+    ) -> None:
+        self._schedule, self._stage, self._channels, self._watch = planner.schedule, stage, channels, watch
+        self.relayed = planner.schedule.decisions == "relayed"
+        self._programs = [None if each is None else windows_ago(each) for each in (opening, planner)]
+        self.begin(0)
+
+    def begin(self, window: int) -> None:
+        """Nothing is in flight: a program begins with ``window``, and nobody knows anything of another stage."""
+        opens, first = window < self._schedule.flush_first, self._schedule.flush_first
+        self._ago, self._base, self._end = self._programs[not opens], window, first if opens else inf
+        self._told: dict[int, float] = {}
+
+    def tell(self, update: Action, own: Tensor | float) -> None:
+        """Tell this stage's sum for the window of ``update``, of one element, to those that use it."""
+        value = self._watch.fetch(own, "a sum of gradients").item() if isinstance(own, Tensor) else own
+        self._told[update.index] = value
+        for stage, late in enumerate(self._lateness_at_others):
+            if stage != self._stage and update.index + late < self._end:
+                self._channels.send_sum(self._home(stage), value, update)
+
+    @contextmanager
+    def update(self, action: Action) -> Iterator[Answers]:
+        """Around an update. Where its host does not ask for the sum, since it has found its own gradient broken, the
+        others are told: their sums are infinite then, too."""
+        answers = _Answers(self, action)
+        yield answers
+        answers.end()
+
+    def sum_up(self, action: Action) -> float:
+        """The sum over all stages, in their order, of which something is known."""
+        sums = {self._stage: self._told.pop(action.index)}
+        for other, _ in self._taken(action):
+            sums[other] = self._channels.receive_sum(self._home(other), action)
+        return sum(sums[stage] for stage in sorted(sums))
+
+    def drain(self, window: int) -> None:
+        """Receive and drop what has been sent for updates of ``window`` and later ones, none of which has begun."""
+        for later in range(window, window + 1 + max(self._late, default=0)):
+            for other, known in self._taken(Action(self._stage, UPDATE, later)):
+                if known < window:
+                    self._channels.receive_sum(self._home(other), None)
+
+    def _taken(self, action: Action) -> Iterator[tuple[int, int]]:
+        """(other stage, window) of the sums that an update takes."""
+        assert self._ago is not None
+        for other, known in sums_of(self._ago, action):
+            if known >= self._base and action.index < self._end:
+                yield other, known
+
+    @property
+    def _late(self) -> tuple[int, ...]:
+        assert self._ago is not None
+        return self._ago[self._stage]
+
+    @property
+    def _lateness_at_others(self) -> list[int]:
+        assert self._ago is not None
+        return [row[self._stage] for row in self._ago]
+
+    def _home(self, stage: int) -> int:
+        return self._schedule.placement.home(stage)
+
+
+class _Answers:
+    """Of one update: asks the other stages when it is asked first."""
+
+    def __init__(self, decisions: Decisions, action: Action) -> None:
+        self._decisions, self._action = decisions, action
+        self._total: float | None = None
+
+    def whole(self, own: Tensor) -> None:
+        if self._total is None:
+            if not self._decisions.relayed:
+                self._decisions.tell(self._action, own)
+            self._total = self._decisions.sum_up(self._action)
+        own.fill_(self._total)
+
+    def broken(self, own: Tensor) -> None:
+        if self._decisions.relayed:
+            if self._total is None:
+                self._total = self._decisions.sum_up(self._action)
+            own.fill_(0 if isfinite(self._total) else 1)
+
+    def end(self) -> None:
+        if self._total is None:
+            if not self._decisions.relayed:
+                self._decisions.tell(self._action, inf)
+            self._decisions.sum_up(self._action)
+
+
+@contextmanager
+def answering(
+    owner: Any,
+    group: Any,
+    operations: tuple[Any, Any],
+    whole: Callable[[Tensor], None],
+    broken: Callable[[Tensor], None],
+) -> Iterator[None]:
+    """Within it ``whole`` gets the result of the first sum over ``group``, which a host makes of a stage's own, and
+    ``broken`` that of every maximum.
+
+    Args:
+        owner: where the host looks up ``all_reduce``.
+        operations: of a sum and of a maximum, as the host names them.
+    """
+    all_reduce, summed = owner.all_reduce, False
+    total, most = operations
+
+    def hearing(tensor: Tensor, op: Any = total, group_: Any = None, *others: Any, **named: Any) -> Any:
+        nonlocal summed
+        over = named.pop("group", group_)
+        result = all_reduce(tensor, op, over, *others, **named)
+        if over is group and op == total and not summed:
+            summed = True
+            whole(tensor)
+        elif over is group and op == most:
+            broken(tensor)
+        return result
+
+    owner.all_reduce = hearing
+    try:
+        yield
+    finally:
+        owner.all_reduce = all_reduce
