@@ -148,8 +148,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         ahead = self.pipeline.feedback.ahead()
         if ahead is not None and self._first_replica() == self.global_rank:
             save_beside(AHEAD, ahead, directory, self.global_rank)
-        means = self.pipeline.extrapolation.means()
-        if means is not None:
+        if (means := self.pipeline.extrapolation.means()) is not None:
             save_beside(MEANS, means, directory, self.global_rank)
         return saved
 

@@ -61,9 +61,11 @@ class Schedule:
         max_gap: for every stage, the largest (version at backward) - (version at forward) it may show.
         weights: which weights are used. ``"latest"``: by a forward and by a backward, those that its stage then has.
             ``"stashed"``: a forward's latest by its backward, too. ``"previous"``: by both, those before the update of
-            the window before, so that every gradient is late by exactly one update. ``"corrected"``: the latest, which
-            a backward extrapolates back to its forward's. ``"predicted"``: the latest, which both extrapolate ahead;
-            ``"predicted_by_window"``: the same, once for all forwards of a window. See :mod:`.extrapolation`.
+            the window before, so that every gradient is late by exactly one update. ``"synchronized"``: by both, that
+            which the micro-batch met on stage 0, so that it meets one version on all stages. ``"corrected"``: the
+            latest, which a backward extrapolates back to its forward's. ``"predicted"``: the latest, which both
+            extrapolate ahead; ``"predicted_by_window"``: the same, once for all forwards of a window. See
+            :mod:`.extrapolation`.
         weight_versions: for every stage, how many versions of its weights are kept in use at once, at most.
         correction_decay: of corrected weights: what an average of updates still holds of one when the stage has had as
             many more as its largest gap; between 0 and 1.
@@ -236,14 +238,15 @@ class Schedule:
             return max(flushed, (micro_batch - self.in_flight[0] + 1) // self.micro_batches)
         return max(flushed, window - 1) if self.weights == "previous" else flushed
 
-    def forward_version(self, window: int, updates: int) -> int:
+    def forward_version(self, window: int, updates: int, entered: int) -> int:
         """The version of its weights that a stage forwards a micro-batch of ``window`` with.
 
         Args:
             window: counted from the last time that the pipeline was empty, as are versions.
             updates: that the stage has had.
+            entered: those that stage 0 had had when it forwarded the micro-batch.
         """
-        return max(0, window - 1) if self.weights == "previous" else updates
+        return {"previous": max(0, window - 1), "synchronized": entered}.get(self.weights, updates)
 
     def backward_version(self, forward: int, updates: int) -> int:
         """The version that the backward of a micro-batch uses, which was forwarded with version ``forward``."""

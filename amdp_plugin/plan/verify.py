@@ -11,7 +11,7 @@ from .play import Stuck, play
 from .program import Program
 from .schedule import Place
 from .tied import check_tied
-from .versions import versions
+from .versions import entries, versions
 
 
 def verify(program: Program) -> Sequence[Place]:
@@ -190,6 +190,7 @@ def _check_versions(program: Program) -> None:
     schedule, size = program.schedule, program.schedule.micro_batches
     if not schedule.keeps_versions:
         return
+    entered = entries(program)
     for rank, row in enumerate(program.rows):
         updates: Counter[int] = Counter()
         flying: dict[int, dict[int, int]] = defaultdict(dict)
@@ -197,7 +198,7 @@ def _check_versions(program: Program) -> None:
             if kind == UPDATE:
                 updates[stage] += 1
             elif kind == FORWARD:
-                flying[stage][index] = schedule.forward_version(index // size, updates[stage])
+                flying[stage][index] = schedule.forward_version(index // size, updates[stage], entered[index])
                 used, stated = sorted(set(flying[stage].values())), schedule.weight_versions[stage]
                 if len(used) > stated:
                     what = f"versions {used} of its weights are in use, at most {stated} are stated"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .schedule import Schedule
 
-KEPT = ("stashed", "previous")
+KEPT = ("stashed", "previous", "synchronized")
 """Weights of which versions are kept, so that a backward uses those of its forward."""
 PREDICTED = ("predicted", "predicted_by_window")
 WEIGHTS = ("latest", *KEPT, "corrected", *PREDICTED)

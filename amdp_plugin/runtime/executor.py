@@ -275,8 +275,8 @@ class Executor:
         inputs = self._receive(stage - 1, action) if stage > 0 else None
         self._settle(stage)
         self._take_snapshot(action, window, direction)
-        latest, base = self.versions[stage], self._base
-        version = base + self._running.schedule.forward_version(window - base, latest - base)
+        latest = self.versions[stage]
+        version = self.kept.forward_version(action, self._running, self._base, latest)
         with self._computing(action), self.kept.using(action, version, version, latest):
             outputs = self._worker.forward(action, inputs)
         self._in_flight[action] = version

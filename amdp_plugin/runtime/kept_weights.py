@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.action import Action
+from ..plan.entry_versions import EntryVersions
+from ..plan.planner import Planner
 from ..plan.schedule import Schedule
 from .extrapolation import ExtrapolatedWeights
 
@@ -39,7 +41,25 @@ class KeptWeights:
         self._schedule, self._parameters = schedule, parameters
         self._extrapolation = extrapolation or ExtrapolatedWeights(0, (), ())
         self._kept: dict[int, dict[int, list[Tensor]]] = {}
+        self._entries: EntryVersions | None = None
+        self._base = 0
         self.most: dict[int, int] = {}
+
+    def forward_version(self, forward: Action, running: Planner, base: int, latest: int) -> int:
+        """The version that ``forward`` uses.
+
+        Args:
+            running: the program that it is of, and
+            base: the window at which that began.
+            latest: what the optimizer of the stage steps.
+        """
+        schedule, entered = running.schedule, 0
+        if schedule.weights == "synchronized":
+            if self._entries is None:
+                self._entries, self._base = EntryVersions(running), base
+            entered = self._entries.enter(forward.index - base * schedule.micro_batches)
+        window = forward.window(schedule.micro_batches)
+        return base + schedule.forward_version(window - base, latest - base, entered)
 
     @contextmanager
     def using(self, action: Action, forward: int, version: int, latest: int) -> Iterator[None]:
@@ -72,13 +92,14 @@ class KeptWeights:
 
     def stepping(self, update: Action, latest: int) -> AbstractContextManager[None]:
         """Within it the host makes ``update``. What that is about to overwrite is kept, where later forwards use it."""
-        if self._schedule.weights == "previous":
+        if self._schedule.weights in ("previous", "synchronized"):
             self.keep(update.stage, latest)
         return self._extrapolation.stepping(update.index)
 
     def drop(self, stage: int, in_flight: Iterable[int], latest: int) -> None:
         """Let go of all versions of ``stage`` but those of what is in flight, and what later forwards may use."""
-        later = range(latest - (self._schedule.weights == "previous"), latest + 1)
+        oldest = latest if self._entries is None else self._base + self._entries.oldest
+        later = range(latest - 1 if self._schedule.weights == "previous" else oldest, latest + 1)
         wanted, kept = {*in_flight, *later}, self._kept.get(stage, {})
         for version in [version for version in kept if version not in wanted]:
             del kept[version]
@@ -86,6 +107,7 @@ class KeptWeights:
     def clear(self) -> None:
         """Nothing is in flight."""
         self._kept.clear()
+        self._entries = None
         self._extrapolation.clear()
 
     @torch.no_grad()

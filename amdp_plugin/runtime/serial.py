@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -120,6 +119,7 @@ class SerialPipeline:
             [_master(parameter, master_dtype) for parameter in self._shared.own(stage)] for stage in self.stages
         ]
         self.optimizers = [make_optimizer(masters) for masters in self._masters]
+        self._extrapolation = SerialExtrapolation(self._masters, self.optimizers)
         ranks, present = range(schedule.num_ranks), torch.get_rng_state()
         states = [_random_state(seed) for seed in seeds] if seeds else [present.clone() for _ in ranks]
         self.random_states = [self._streams(state) for state in states]
@@ -132,7 +132,6 @@ class SerialPipeline:
         self._measured: dict[tuple[int, int], float] = {}
         self._loaded: set[int] = set()
         self._coefficient = 0.0
-        self._extrapolation: SerialExtrapolation | None = None
         self._latest: dict[int, list[Tensor]] = {}
         self._flying: dict[tuple[int, int], tuple[Tensors, Tensors, int]] = {}
         self._messages: dict[tuple[int, str, int], Tensors] = {}
@@ -165,10 +164,8 @@ class SerialPipeline:
             ProgramError: before anything is trained, when the program of the schedule breaks a law.
         """
         planner, first = Planner(self.schedule, self._costs), self.versions[0]
-        opening, extrapolation = planner.schedule.opening(), planned_extrapolation(planner)
-        if extrapolation is not None:
-            self._extrapolation = self._extrapolation or SerialExtrapolation(self._masters, self.optimizers)
-            self._extrapolation.begin(extrapolation)
+        opening = planner.schedule.opening()
+        self._extrapolation.begin(planned_extrapolation(planner))
         self._losses.clear()
         flushed = min(windows, max(0, self.schedule.flush_first - first))
         losses = self._play(Planner(opening, self._costs), data, flushed) if opening and flushed else []
@@ -179,6 +176,7 @@ class SerialPipeline:
         program, self._coefficient = planner.program(windows), planned_coefficient(planner) or 0.0
         verify(program)
         self._played, self._ago = planner.schedule, windows_ago(planner)
+        self._extrapolation.restart(self._played.extrapolates)
         if self._ago:
             check_decisions(program, self._ago)
         size, first = self.schedule.micro_batches, self.versions[0]
@@ -186,8 +184,6 @@ class SerialPipeline:
         self._data = {number: next(data) for number in numbers}
         self._first = first
         self._measured.clear()
-        if self._extrapolation is not None:
-            self._extrapolation.restart()
         for rank, action in play(program):
             action = action.shifted(first, size)
             if action.window(size) < first + windows:
@@ -225,10 +221,10 @@ class SerialPipeline:
         if stage > 0:
             inputs = tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in inputs)
         window, first = index // self.schedule.micro_batches, self._first
-        version = first + self._played.forward_version(window - first, replica.version - first)
+        entered = self._flying[0, index][2] if stage else replica.version
+        version = first + self._played.forward_version(window - first, replica.version - first, entered - first)
         replica.use(version)
-        if self._extrapolation is not None and self._played.extrapolates:
-            replica.compute_with(self._extrapolation.forward(stage, window, version))
+        replica.compute_with(self._extrapolation.forward(stage, window, version))
         output = replica.module(inputs[0] if len(inputs) == 1 else inputs)
         if stage == len(self.stages) - 1:
             output = self._loss(output, self._data[index][1])
@@ -244,9 +240,7 @@ class SerialPipeline:
         used = Used(forward, self._played.backward_version(forward, replica.version))
         self.used[stage, index] = used
         replica.use(used.backward)
-        if self._extrapolation is not None and self._played.extrapolates:
-            window = index // self.schedule.micro_batches
-            replica.compute_with(self._extrapolation.backward(stage, window, *used))
+        replica.compute_with(self._extrapolation.backward(stage, index // self.schedule.micro_batches, *used))
         if stage == len(self.stages) - 1:
             (outputs[0] / self.schedule.micro_batches * self._scales[index]).backward()
         else:
@@ -297,8 +291,7 @@ class SerialPipeline:
             if self._ago is not None:
                 self._decide(self._masters[stage], self._known(stage, window))
             before = [tensor.clone() for tensor in self.plain(stage)] if self._coefficient else None
-            stepping = self._extrapolation.stepping if self._extrapolation is not None else _stepping
-            with stepping(stage, replica.version):
+            with self._extrapolation.stepping(stage, replica.version):
                 self.optimizers[stage].step()
             self.optimizers[stage].zero_grad(set_to_none=True)
             self._latest[stage] = self._ahead(self.plain(stage), before)
@@ -352,9 +345,6 @@ class SerialPipeline:
         return states
 
 
-def _stepping(stage: int, update: int) -> AbstractContextManager[None]:
-    """Where nothing is done about a step."""
-    return nullcontext()
 
 
 def _master(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:

@@ -18,30 +18,37 @@ class SerialExtrapolation:
     Args:
         masters: of every stage, and
         optimizers: what steps them.
-
     """
-
-    _planned: Extrapolation
 
     def __init__(
         self, masters: Sequence[Sequence[nn.Parameter]], optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
         self._masters, self._optimizers = masters, optimizers
-        self._means = [[torch.zeros_like(master) for master in each] for each in masters]
+        self._planned: Extrapolation | None = None
+        self._extrapolates = False
+        self._means: dict[int, list[Tensor]] = {}
         self._of_windows: dict[int, tuple[int, list[Tensor]]] = {}
 
-    def begin(self, planned: Extrapolation) -> None:
-        """Extrapolate like this from now on, with nothing in flight.
+    def begin(self, planned: Extrapolation | None) -> None:
+        """Extrapolate like this from now on; with ``None`` do nothing.
 
         Raises:
             ValueError: where an optimizer does not show what is needed.
         """
-        for optimizer in self._optimizers:
-            check_optimizer(optimizer, planned.predicts)
         self._planned = planned
+        if planned is not None:
+            for optimizer in self._optimizers:
+                check_optimizer(optimizer, planned.predicts)
 
-    def forward(self, stage: int, window: int, version: int) -> list[Tensor]:
-        """The weights of a forward."""
+    def restart(self, extrapolates: bool) -> None:
+        """Nothing is in flight; what is played now extrapolates, or does not."""
+        self._extrapolates = extrapolates
+        self._of_windows.clear()
+
+    def forward(self, stage: int, window: int, version: int) -> list[Tensor] | None:
+        """The weights of a forward; ``None`` where they are those that the stage has."""
+        if self._planned is None or not self._extrapolates:
+            return None
         steps = self._planned.forward_steps(stage, window, version)
         if self._planned.weights != "predicted_by_window":
             return self._moved(stage, steps)
@@ -49,19 +56,21 @@ class SerialExtrapolation:
             self._of_windows[stage] = window, self._moved(stage, steps)
         return self._of_windows[stage][1]
 
-    def backward(self, stage: int, window: int, forward: int, version: int) -> list[Tensor]:
+    def backward(self, stage: int, window: int, forward: int, version: int) -> list[Tensor] | None:
         """Likewise of a backward, whose forward had weights of version ``forward``."""
+        if self._planned is None or not self._extrapolates:
+            return None
         return self._moved(stage, self._planned.backward_steps(stage, window, forward, version))
-
-    def restart(self) -> None:
-        """Nothing is in flight."""
-        self._of_windows.clear()
 
     @contextmanager
     def stepping(self, stage: int, update: int) -> Iterator[None]:
         """Within it the optimizer of ``stage`` steps, for the ``update``-th time."""
+        if self._planned is None:
+            yield
+            return
         optimizer, divisor = self._optimizers[stage], self._planned.divisor(stage, update)
         before = [master.detach().clone() for master in self._masters[stage]]
+        means = self._means.get(stage) or [torch.zeros_like(master) for master in before]
         rates = [(group, group["lr"]) for group in optimizer.param_groups]
 
         def divide(*_: object) -> None:
@@ -79,15 +88,15 @@ class SerialExtrapolation:
         if decay is not None:
             self._means[stage] = [
                 decay * mean + (1 - decay) * (master.detach() - old)
-                for mean, master, old in zip(self._means[stage], self._masters[stage], before, strict=True)
+                for mean, master, old in zip(means, self._masters[stage], before, strict=True)
             ]
 
     def _moved(self, stage: int, steps: int) -> list[Tensor]:
         masters = self._masters[stage]
-        if self._planned.predicts:
+        if self._planned is not None and self._planned.predicts:
             moves = [self._direction(self._optimizers[stage], master) for master in masters]
         else:
-            moves = self._means[stage]
+            moves = self._means.get(stage) or [torch.zeros_like(master) for master in masters]
         return [master.detach() + steps * move for master, move in zip(masters, moves, strict=True)]
 
     @staticmethod

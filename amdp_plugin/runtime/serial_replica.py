@@ -34,11 +34,12 @@ class Replica:
                 parameter.data.copy_(value)
             self._used = version
 
-    def compute_with(self, values: list[Tensor]) -> None:
-        """Compute with ``values``, which are no version, until the next :meth:`use`."""
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.data.copy_(value)
-        self._used = NO_VERSION
+    def compute_with(self, values: list[Tensor] | None) -> None:
+        """Compute with ``values``, where there are some, which are no version, until the next :meth:`use`."""
+        if values is not None:
+            for parameter, value in zip(self._parameters, values, strict=True):
+                parameter.data.copy_(value)
+            self._used = NO_VERSION
 
     def accumulate(self, scale: float) -> None:
         """After a backward: with a master dtype, the sum is kept in it, without the loss scale."""

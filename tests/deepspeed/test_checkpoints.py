@@ -16,8 +16,8 @@ from tests.runtime.models import OPTIMIZERS
 from tests.runtime.pipelines import placed
 
 from .jobs import Job, assert_equals_oracle, assert_same, finish, make_engine, make_oracle, oracle, stream
-from .test_extrapolation import PIPEMARE
 from .test_oracle import BF16, FEEDBACK, MASTERS, NON_REENTRANT, WARMUP
+from .test_other_weights import PIPEMARE
 
 HALF = 10
 ZERO = {"zero_optimization": {"stage": 1}}

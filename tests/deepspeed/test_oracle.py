@@ -43,17 +43,6 @@ def test_flushed(stages: int, size: int) -> None:
     check(Job("1f1b", stages, size, optimizer="adamw"))
 
 
-@pytest.mark.parametrize(
-    ("schedule", "stages", "size", "kind"),
-    [
-        ("pipedream", 2, 1, "plain"), ("pipedream", 4, 1, "masked"), ("pipedream", 3, 2, "recomputed"),
-        ("pipedream-2bw", 2, 2, "plain"), ("pipedream-2bw", 4, 4, "masked"), ("pipedream-2bw", 3, 2, "recomputed"),
-    ],
-)  # fmt: skip
-def test_versions_of_weights(schedule: str, stages: int, size: int, kind: str) -> None:
-    check(Job(schedule, stages, size, kind, optimizer="adamw"))
-
-
 def test_a_flush_every_few_windows() -> None:
     check(Job({"name": "paci", "flush_every": 2}, 3, 2))
 

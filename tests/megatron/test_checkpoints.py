@@ -16,8 +16,8 @@ from tests.processes import run_ranks
 from .checkpoints import load, save
 from .jobs import DISTRIBUTED, DROPOUT, Job
 from .oracle import assert_equals_oracle, oracle
-from .test_extrapolation import PIPEMARE
 from .test_oracle import FEEDBACK, assert_ahead
+from .test_other_weights import PIPEMARE
 from .test_stock import FULL
 from .training import Trainer, assert_same, assert_same_weights, copies
 

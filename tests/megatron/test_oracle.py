@@ -34,17 +34,6 @@ def test_paci(stages: int, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "stages", "size"),
-    [
-        ("pipedream", 2, 1), ("pipedream", 4, 2), ("pipedream-2bw", 2, 2), ("pipedream-2bw", 4, 4),
-        ("pipedream-2bw", 3, 2),
-    ],
-)  # fmt: skip
-def test_versions_of_weights(schedule: str, stages: int, size: int) -> None:
-    check(Job(schedule, stages, size, model=DROPOUT), iterations=6)
-
-
-@pytest.mark.parametrize(
     ("stages", "size", "options"),
     [
         (2, 2, {}),

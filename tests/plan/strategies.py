@@ -70,8 +70,11 @@ def named(draw) -> Schedule:
     """A schedule of one direction, by name."""
     name = draw(st.sampled_from(["paci", "1f1b", "gpipe", "pipedream", "pipedream-2bw", "xpipe"]))
     stages, micro_batches = draw(st.integers(1, 6)), draw(st.integers(1, 9))
-    options = {"extra_in_flight": st.integers(0, 4), "flush_every": st.integers(0, 3)} if name == "paci" else {}
-    options = {key: draw(values) for key, values in options.items()}
+    of_names = {
+        "paci": {"extra_in_flight": st.integers(0, 4), "flush_every": st.integers(0, 3)},
+        "pipedream": {"vertical_sync": st.booleans()},
+    }
+    options = {key: draw(values) for key, values in of_names.get(name, {}).items()}
     if name == "paci" and options["flush_every"] != 1:
         options["decisions"] = draw(st.sampled_from(["local", "latest", "relayed", "meeting"]))
     return schedules.make(name, stages, micro_batches, **options)

@@ -295,7 +295,7 @@ def test_schedules_that_make_no_sense_are_refused():
         schedules.make("paci", 2, 2, flush_every=-1)
     with pytest.raises(ValueError, match="update_delay counts backwards, at least 0; got \\(-1, -1"):
         made(line, 2, update_delay=-1)
-    with pytest.raises(ValueError, match="weights are latest, stashed, previous, corrected, "):
+    with pytest.raises(ValueError, match="weights are latest, stashed, previous, "):
         replace(made(line, 2), weights="stahsed")
     with pytest.raises(ValueError, match=r"weight_versions need one entry, at least 1, for each of 2 stages; got \(\)"):
         replace(made(line, 2), weights="stashed", weight_versions=())

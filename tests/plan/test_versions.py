@@ -16,6 +16,12 @@ def test_versions_equal_a_count_over_the_rows(case, windows):
     schedule, costs = case
     program = Planner(schedule, costs).program(windows)
     found = dict(versions(program))
+    entered = {
+        action.index: sum(1 for stage, kind, _ in row[:at] if (stage, kind) == (0, "U"))
+        for row in program.rows
+        for at, action in enumerate(row)
+        if action[:2] == (0, "F")
+    }
     for row in program.rows:
         for at, (stage, kind, index) in enumerate(row):
             if kind != "B":
@@ -30,6 +36,7 @@ def test_versions_equal_a_count_over_the_rows(case, windows):
                 "latest": (updates(start), updates(at)),
                 "stashed": (updates(start), updates(start)),
                 "previous": (max(0, version.applied - 1),) * 2,
+                "synchronized": (entered[index],) * 2,
             }
             assert (version.forward, version.backward) == expected.get(schedule.weights, expected["latest"])
             assert version.forward <= updates(start)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from amdp_plugin.plan.entry_versions import EntryVersions
 from amdp_plugin.plan.laws import ProgramError
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.report import report
@@ -25,6 +26,20 @@ def test_pipedream_is_late_as_paci_is_and_uses_one_version(stages: int, size: in
     for place, version in stashed.items():
         assert (version.forward, version.applied) == (latest[place].forward, latest[place].applied)
         assert version.backward == version.forward
+
+
+@pytest.mark.parametrize(("stages", "size"), SHAPES)
+def test_with_vertical_sync_a_micro_batch_meets_one_version_on_all_stages(stages: int, size: int) -> None:
+    planner = Planner(make("pipedream", stages, size, vertical_sync=True))
+    entries, latest = EntryVersions(planner), versions(Planner(make("paci", stages, size)).program(9))
+    found = versions(planner.program(9))
+    for number in range(9 * size):
+        met = latest[0, number].forward
+        assert entries.enter(number) == met <= entries.oldest
+        assert {found[stage, number] for stage in range(stages)} == {(met, met, number // size)}
+    planned = report(planner, windows=1)
+    assert planned.max_staleness == -(-(stages - 1) // size) and planned.max_version_gap == 0
+    assert planned.weight_copies_by_rank == ((2 + -(-(stages - 1) // size)) if stages > 1 else 1,) * stages
 
 
 @pytest.mark.parametrize(("stages", "size"), SHAPES)

@@ -1,4 +1,4 @@
-"""DeepSpeed engines compute with the extrapolated weights of the serial oracle, bit for bit."""
+"""DeepSpeed engines compute with other weights than the latest, kept or extrapolated, as the serial oracle does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ import torch
 
 from .jobs import Job
 from .test_oracle import MASTERS, check
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages", "size", "kind"),
+    [
+        ("pipedream", 2, 1, "plain"), ("pipedream", 4, 1, "masked"), ("pipedream", 3, 2, "recomputed"),
+        ({"name": "pipedream", "vertical_sync": True}, 4, 1, "plain"),
+        ({"name": "pipedream", "vertical_sync": True}, 3, 2, "masked"),
+        ("pipedream-2bw", 2, 2, "plain"), ("pipedream-2bw", 4, 4, "masked"), ("pipedream-2bw", 3, 2, "recomputed"),
+    ],
+)  # fmt: skip
+def test_versions_of_weights(schedule: Any, stages: int, size: int, kind: str) -> None:
+    check(Job(schedule, stages, size, kind, optimizer="adamw"))
+
 
 PIPEMARE = {"name": "pipemare", "correction_decay": 0.3, "rescale_steps": 4}
 

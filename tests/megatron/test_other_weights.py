@@ -1,4 +1,4 @@
-"""Megatron's chunks compute with the extrapolated weights of the serial oracle, bit for bit."""
+"""Megatron's chunks compute with other weights than the latest, kept or extrapolated, as the serial oracle does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ import pytest
 
 from .jobs import DISTRIBUTED, DROPOUT, Job
 from .test_oracle import check
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages", "size"),
+    [
+        ("pipedream", 2, 1), ("pipedream", 4, 2), ("pipedream-2bw", 2, 2), ("pipedream-2bw", 4, 4),
+        ("pipedream-2bw", 3, 2), ({"name": "pipedream", "vertical_sync": True}, 4, 1),
+        ({"name": "pipedream", "vertical_sync": True}, 3, 2),
+    ],
+)  # fmt: skip
+def test_versions_of_weights(schedule: Any, stages: int, size: int) -> None:
+    check(Job(schedule, stages, size, model=DROPOUT), iterations=6)
+
 
 PIPEMARE = {"name": "pipemare", "correction_decay": 0.3, "rescale_steps": 4}
 
