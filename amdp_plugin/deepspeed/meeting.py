@@ -14,7 +14,7 @@ from torch import nn
 
 from ..runtime.decisions import Answers, answering
 from ..settings import Needs
-from .sums import squares_of
+from .sums import squared, squares_of
 
 
 def needs(model: PipelineModule, clipping: float, fp16: bool) -> Needs:
@@ -103,7 +103,7 @@ def decided_by(answers: Answers, optimizer: Any, grid: StageGrid) -> Iterator[No
     own_reduction = optimizer._model_parallel_all_reduce
 
     def norm(*args: Any, **kwargs: Any) -> torch.Tensor:
-        squares = own_norm(*args, **kwargs).square()
+        squares = squared(own_norm(*args, **kwargs))
         answers.whole(squares)
         return squares.sqrt()
 

@@ -100,12 +100,17 @@ def stage_squares(engine: Any, grid: Any) -> Tensor:
     """
     optimizer = engine.optimizer
     if hasattr(optimizer, "scaled_global_norm"):
-        return optimizer.scaled_global_norm().square()
+        return squared(optimizer.scaled_global_norm())
     if isinstance(optimizer, BF16_Optimizer):
-        return get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=grid).square()
+        return squared(get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=grid))
     squares = squares_of(engine.module.parameters(), grid, engine.device)
     dist.all_reduce(squares, group=grid.get_model_parallel_group())
     return squares
+
+
+def squared(norm: Tensor) -> Tensor:
+    """The square of a norm of DeepSpeed's, which says -1 where gradients are not finite: then infinity."""
+    return torch.where(norm >= 0, norm.square(), torch.inf)
 
 
 @torch.no_grad()

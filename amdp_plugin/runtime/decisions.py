@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf, isfinite
@@ -14,6 +15,8 @@ from ..plan.decisions import sums_of, windows_ago
 from ..plan.planner import Planner
 from .channels import Channels
 from .watch import Watch
+
+logger = logging.getLogger(__name__)
 
 
 class Answers(Protocol):
@@ -59,6 +62,11 @@ class Decisions:
         """Tell this stage's sum for the window of ``update``, of one element, to those that use it."""
         value = self._watch.fetch(own, "a sum of gradients").item() if isinstance(own, Tensor) else own
         self._told[update.index] = value
+        if not isfinite(value):
+            logger.warning(
+                f"the gradient of stage {update.stage} for window {update.index} is not finite (a sum of squares of "
+                f"{value}): other stages skip an update with it"
+            )
         for stage, late in enumerate(self._lateness_at_others):
             if stage != self._stage and update.index + late < self._end:
                 self._channels.send_sum(self._home(stage), value, update)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
-from torch import nn
+from torch import Tensor, nn
 
 import amdp_plugin
 from amdp_plugin.deepspeed import engine as engine_module
@@ -20,7 +20,7 @@ from amdp_plugin.runtime.serial import SerialPipeline
 from tests.processes import run_ranks
 from tests.runtime.models import OPTIMIZERS, ROWS, Plain, data, loss
 
-from .jobs import Job, assert_same, configuration, finish, stream
+from .jobs import Job, assert_same, configuration, finish, make_engine, stream
 from .tied_layers import Last, Words, head, middles, train_tied
 
 # Tied layers
@@ -209,3 +209,43 @@ def test_all_stages_skip_a_step_without_a_meeting(stages: int, size: int) -> Non
     assert found[0]["losses"][: skipped + 1] == pytest.approx(flushed[0]["losses"][: skipped + 1], rel=2e-3)
     for stage, result in enumerate(found):
         assert all(torch.isfinite(value).all() for value in result["weights"][stage].values())
+
+
+def train_with_a_broken_window(rank: int, job: Job, stage: int, window: int) -> dict[str, Any]:
+    """A gradient of one parameter of ``stage`` is infinite in one micro-batch of ``window``."""
+    engine, calls = make_engine(rank, job), 0
+
+    def broken(gradient: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return gradient * (torch.inf if calls == window * job.size + 1 else 1.0)
+
+    if rank == stage:
+        next(engine.module.parameters()).register_hook(broken)
+    batches, skipped = stream(engine, job), []
+    losses = []
+    for _ in range(job.windows):
+        losses.append(float(engine.train_batch(batches)))
+        skipped.append(engine.skipped_steps)
+    return {**finish(engine, losses), "skipped": [*skipped, engine.skipped_steps]}
+
+
+BFLOAT16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("decisions", ["latest", "relayed"])
+def test_a_window_that_is_broken_on_one_stage_is_skipped_by_all(decisions: str, stage: int) -> None:
+    """Relayed: that window. Else those above, which do not know in time, skip the next: as many updates in all, so that
+    learning rates stay together."""
+    job = Job(
+        {"name": "paci", "decisions": decisions}, 3, 4, config={**BFLOAT16, "gradient_clipping": 1.0},
+        dtype=torch.bfloat16, windows=6,
+    )  # fmt: skip
+    found = run_ranks(3, train_with_a_broken_window, job, stage, 2)
+    for result in found:
+        assert result["skipped"][-1] == 1 and result["learning_rate"] == found[0]["learning_rate"]
+        own = result["stage"]
+        late = int(own > 0) if decisions == "relayed" else int(own > stage)
+        assert result["skipped"][:-1] == [int(window >= 2 + late) for window in range(6)]
+        assert all(torch.isfinite(value).all() for value in result["weights"][own].values())
