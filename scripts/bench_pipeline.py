@@ -37,6 +37,7 @@ from amdp_plugin.compare.measured import Run
 from amdp_plugin.compare.recording import STOCK, RankRecord, read_records
 from amdp_plugin.compare.table import by_rank
 from amdp_plugin.deepspeed.record import Recorder
+from amdp_plugin.plan import schedules
 
 GROUP_TIMEOUT = timedelta(minutes=5)
 
@@ -55,6 +56,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--last-stage", type=float, default=1.0, metavar="FACTOR", help="weight of the last stage (%(default)s)"
+    )
+    parser.add_argument(
+        "--gradient-clipping", type=float, default=0.0, metavar="LIMIT", help="norm to clip by; 0 for none (%(default)s)"
+    )
+    parser.add_argument(
+        "--decisions", default="auto", help="of schedules that run freely: auto, local, latest, relayed or meeting"
     )
     parser.add_argument("--tied", action="store_true", help="let the first and the last stage share a weight")
     parser.add_argument(
@@ -97,13 +104,15 @@ def make_engine(name: str, arguments: argparse.Namespace, layers_per_stage: int)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": arguments.micro_batches,
-        "gradient_clipping": 0.0,  # the norm of the whole model would be one more place where stock stages meet
+        "gradient_clipping": arguments.gradient_clipping,  # the exact norm is one more place where stock stages meet
         "steps_per_print": 10**9,
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-4}},
     }
     if name != STOCK:
         weights = [1.0] * (arguments.stages - 1) + [arguments.last_stage]
         config["pipeline"] = {"schedule": {"name": name, "stage_costs": weights}}
+        if not schedules.make(name, arguments.stages, arguments.micro_batches).flush:
+            config["pipeline"]["schedule"]["decisions"] = arguments.decisions
     model = PipelineModule(
         layer_specs(arguments, layers_per_stage),
         num_stages=arguments.stages,
