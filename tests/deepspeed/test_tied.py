@@ -101,6 +101,24 @@ def test_the_norm_counts_it_once_and_whole(masters: dict[str, Any] | None) -> No
         check(job, measure=squares, decide=clip_masters, master_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("more", [{}, MASTERS], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("stages", "size"), [(2, 2), (3, 1), (4, 4)])
+def test_relayed_decisions(stages: int, size: int, more: dict[str, Any]) -> None:
+    """By the norm of the whole model for the same window; what is tied is sent before a window is parked."""
+    job = Job({"name": "paci", "decisions": "relayed"}, stages, size, optimizer="adamw", windows=6, **more)
+    job = replace(job, config={**job.config, "gradient_clipping": LIMIT})
+    if more:
+        check(job, measure=squares, decide=clip_masters, master_dtype=torch.float32)
+    else:
+        check(job, measure=squares, decide=clip)
+
+
+@pytest.mark.parametrize("more", [ZERO, {**ZERO, "replicas": 2, "alike": True}, {"replicas": 2, "alike": True}])
+def test_relayed_decisions_about_nothing(more: dict[str, Any]) -> None:
+    """What is parked is reduced over replicas, and in parts; so is what has come from guests."""
+    check(Job({"name": "paci", "decisions": "relayed"}, 2, 1, optimizer="adamw", windows=6, **more))
+
+
 def train_in_parts(rank: int, job: Job, parts: tuple[int, ...]) -> dict[str, Any]:
     engine = make_tied_engine(rank, job)
     batches, losses = stream(engine, job), []
@@ -135,7 +153,10 @@ def resume(rank: int, job: Job, folder: str) -> dict[str, Any]:
     return {**result, "loaded": {key: value.clone() for key, value in shown.items()}}
 
 
-@pytest.mark.parametrize("schedule", ["paci", {"name": "paci", **FEEDBACK}], ids=["", "error feedback"])
+RELAYED = {"name": "paci", "decisions": "relayed"}
+
+
+@pytest.mark.parametrize("schedule", ["paci", {"name": "paci", **FEEDBACK}, RELAYED], ids=["", "feedback", "relayed"])
 @pytest.mark.parametrize("more", [{}, ZERO, MASTERS], ids=["fp32", "ZeRO-1", "bf16"])
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(schedule: Any, more: dict[str, Any], tmp_path: Path) -> None:
     job = Job(schedule, 3, 1, optimizer="adamw", windows=7, **more)

@@ -43,10 +43,14 @@ def shared(draw, stages: int) -> tuple[int, ...]:
 @st.composite
 def cases(draw) -> tuple[Planner, CostModel]:
     stages, micro_batches = draw(st.integers(2, 6)), draw(st.integers(1, 9))
+    weights = tuple(draw(st.lists(shared(stages), min_size=1, max_size=3)))
+    flush_every = draw(st.sampled_from([0, 0, 1, 2, 3]))
+    decisions = "auto" if flush_every == 1 else draw(st.sampled_from(["local", "latest", "relayed"]))
+    if decisions == "relayed":
+        weights = tuple((0, *stages[1:]) for stages in weights)
     schedule = schedules.make(
-        "paci", stages, micro_batches,
-        tied=tuple(draw(st.lists(shared(stages), min_size=1, max_size=3))),
-        extra_in_flight=draw(st.integers(0, 3)), flush_every=draw(st.sampled_from([0, 0, 1, 2, 3])),
+        "paci", stages, micro_batches, tied=weights, decisions=decisions,
+        extra_in_flight=draw(st.integers(0, 3)), flush_every=flush_every,
     )  # fmt: skip
     costs = draw(costs_of(schedule))
     return Planner(schedule, costs), costs
@@ -63,6 +67,9 @@ def test_every_law_holds(case):
     again = read(written(planner), planner.schedule, costs)
     assert again.program(WINDOWS) == planner.program(WINDOWS)
     gradient_buffers(planner)
+    ago = windows_ago(planner)
+    if ago is not None:
+        check_decisions(program, ago)
 
 
 @settings(deadline=None, max_examples=60)
@@ -103,10 +110,11 @@ def test_lateness_is_bounded_and_counted(case):
 
 @pytest.mark.parametrize(("stages", "size"), [(2, 2), (4, 2), (4, 4), (8, 1), (8, 8), (8, 16)])
 @pytest.mark.parametrize("link", [0.0, 0.1])
-def test_utilization_is_that_of_free_running(stages: int, size: int, link: float) -> None:
+@pytest.mark.parametrize("decisions", ["local", "relayed"])
+def test_utilization_is_that_of_free_running(stages: int, size: int, link: float, decisions: str) -> None:
     costs = CostModel.uniform(stages, link_latency=link)
-    schedule = schedules.make("paci", stages, size, tied=((0, stages - 1),))
-    plain = steady_state(Planner(schedules.make("paci", stages, size), costs))
+    schedule = schedules.make("paci", stages, size, tied=((0, stages - 1),), decisions=decisions)
+    plain = steady_state(Planner(schedules.make("paci", stages, size, decisions=decisions), costs))
     assert steady_state(Planner(schedule, costs)) == pytest.approx(plain, rel=1e-6)
 
 
@@ -221,6 +229,7 @@ def test_a_tied_weight_is_forwarded() -> None:
         ({"tied": ((0, 4),)}, "of the 4 stages"),
         ({"tied": ((0, 3),), "weights": "stashed", "weight_versions": (2, 2, 2, 2)}, "the latest"),
         ({"tied": ((0, 3),), "decisions": "meeting"}, "in one meeting"),
+        ({"tied": ((1, 3),), "decisions": "relayed"}, "where updates stand 1 backwards late"),
     ],
 )
 def test_what_cannot_be_tied(options, message: str) -> None:

@@ -239,3 +239,12 @@ def test_relayed_decisions_where_three_stages_share_a_weight() -> None:
 def test_relayed_decisions_step_what_is_shared_on_the_first_stage_alone() -> None:
     with pytest.raises(ValueError, match=r"first of \(1, 3\), where updates stand 1 backwards late"):
         make("paci", 4, 4, decisions="relayed", tied=((1, 3),))
+
+
+@pytest.mark.parametrize("options", [{"flush_every": 3}, {"extra_in_flight": 2}, {"flush_first": 2}, dict([FEEDBACK])])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_relayed_decisions_and_other_options(options: dict[str, Any], size: int) -> None:
+    """A quiesce in between, with updates and values still to come."""
+    chosen = (("decisions", "relayed"), *options.items())
+    case = Case("paci", 4, size, "recomputed", "adamw", options=chosen, clipping=0.05, tied=((0, 2, 3),))
+    check(case, (3, 1, 3))
