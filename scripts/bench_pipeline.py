@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
         "--last-stage", type=float, default=1.0, metavar="FACTOR", help="weight of the last stage (%(default)s)"
     )
     parser.add_argument(
-        "--gradient-clipping", type=float, default=0.0, metavar="LIMIT", help="norm to clip by; 0 for none (%(default)s)"
+        "--gradient-clipping", type=float, default=0.0, metavar="NORM", help="to clip by; 0 for none (%(default)s)"
     )
     parser.add_argument(
         "--decisions", default="auto", help="of schedules that run freely: auto, local, latest, relayed or meeting"
