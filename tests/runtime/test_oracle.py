@@ -12,7 +12,16 @@ from amdp_plugin.plan.program import Program
 from amdp_plugin.plan.simulate import in_flight
 from tests.processes import run_ranks
 
-from .pipelines import AMDP_SHAPES, Case, assert_equals_oracle, make_executor, make_oracle, placed, result
+from .pipelines import (
+    AMDP_SHAPES,
+    Case,
+    assert_equals_oracle,
+    make_executor,
+    make_oracle,
+    oracle_of_parts,
+    placed,
+    result,
+)
 
 
 def train(rank: int, windows: int, case: Case) -> dict[str, Any]:
@@ -137,3 +146,21 @@ def test_decisions_and_other_options(options: dict[str, Any], decisions: str) ->
 
 def test_amdp_with_the_latest_decisions() -> None:
     check(Case("amdp", 4, 8, options=(("decisions", "latest"),), clipping=0.05))
+
+
+def train_in_parts(rank: int, parts: tuple[int, ...], case: Case) -> dict[str, Any]:
+    executor, worker = make_executor(rank, case)
+    for windows in parts:
+        for _ in range(windows):
+            executor.run_window()
+        executor.quiesce()
+    return {"rank": rank, **result(executor, worker)}
+
+
+@pytest.mark.parametrize("decisions", ["latest", "relayed"])
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (3, 2), (4, 1), (4, 5)])
+def test_decisions_between_quiet_moments(stages: int, size: int, decisions: str) -> None:
+    """Parked updates are made there, and what was told and not yet used is forgotten, as by the oracle."""
+    case = Case("paci", stages, size, "counting", "adamw", options=(("decisions", decisions), *FEEDBACK), clipping=0.05)
+    parts = (3, 1, 2)
+    assert_equals_oracle(run_ranks(stages, train_in_parts, parts, case), oracle_of_parts(case, parts))
