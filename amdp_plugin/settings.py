@@ -35,9 +35,9 @@ class Needs:
         if self.tied and schedule.reduces:
             return "meeting"
         if self.exact and schedule.weights == "latest":
-            return "relayed" if scales_with_windows(schedule) else "meeting"
+            at_once = all(stages[0] == 0 for stages in self.tied)
+            return "relayed" if at_once and scales_with_windows(schedule) else "meeting"
         return "latest" if self.norm else "local"
-
 
     def units(self, schedule: Schedule) -> Tied:
         """The weights of :attr:`tied` that are units of their own under ``schedule``: all, where its stages update one
@@ -52,7 +52,7 @@ NOTHING = Needs()
 def scales_with_windows(schedule: Schedule) -> bool:
     """Whether, with relayed decisions, all gradients of a window have one loss scale when it closes, which is the one
     of its update."""
-    first, *_, last = (*schedule.in_flight, schedule.in_flight[-1])
+    first, last = schedule.in_flight[0], schedule.in_flight[-1]
     return schedule.placement.directions == 1 and first <= schedule.micro_batches and last == 1
 
 

@@ -53,6 +53,8 @@ def test_what_is_left_open_is_decided_as_the_job_needs_it(written: dict[str, str
     assert [decisions("pipedream-2bw", needs) for needs in (NOTHING, norm, scale)] == ["local", "latest", "latest"]
     assert [decisions("amdp", needs) for needs in (NOTHING, norm, scale)] == ["local", "latest", "meeting"]
     assert decisions("amdp", scale, decisions="local") == decisions("paci", norm, decisions="local") == "local"
+    assert decisions("paci", Needs(exact=True, tied=((0, 3),))) == "relayed"
+    assert decisions("paci", Needs(exact=True, tied=((1, 3),))) == "meeting"
     assert read_schedule({"name": "1f1b", **written}, WHERE).make(4, 8, scale).updates_meet
     assert decisions("chimera", scale) == "meeting"
 
