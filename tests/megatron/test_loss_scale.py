@@ -175,11 +175,15 @@ def train_relayed(rank: int, job: Job) -> dict[str, Any]:
 RELAYED_FP16 = {key: {**value, **DISTRIBUTED.get(key, {})} for key, value in FP16.items()}
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("more", [FP16, RELAYED_FP16], ids=["", "distributed optimizer"])
 @pytest.mark.parametrize(("stages", "size"), [(2, 2), (3, 4), (4, 4)])
-def test_all_stages_skip_and_rescale_without_a_meeting(stages: int, size: int, more: dict[str, Any]) -> None:
-    """The scale is, micro-batch for micro-batch, that of the oracle, which divides every gradient by its own."""
-    job = Job({"name": "paci", "decisions": "relayed"}, stages, size, **more)
+def test_all_stages_skip_and_rescale_without_a_meeting(
+    stages: int, size: int, more: dict[str, Any], tied: bool
+) -> None:
+    """The scale is, micro-batch for micro-batch, that of the oracle, which divides every gradient by its own; so it
+    does those of a tied embedding, which are scaled alike on both stages when their window closes."""
+    job = Job({"name": "paci", "decisions": "relayed"}, stages, size, tied=tied, **more)
     found = run_ranks(job.world, train_relayed, job)
     [expected] = run_ranks(1, run_relayed_oracle, job)
     alone = [0 < sum(stages_hit) < job.pipeline for stages_hit in expected["overflows"]]
