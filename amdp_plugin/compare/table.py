@@ -262,8 +262,8 @@ def _notes(found: Sequence[Row], memory: bool) -> list[str]:
         "and not yet backwarded. largest gap: the most updates between a forward and its backward, as measured.",
         f"- clock of actions and waits: {_clocks(found)}. Steps are timed by the host.",
         *([MEMORY_NOTE] if memory else []),
-        "- on the host, the C library keeps freed memory in all of them (MALLOC_TRIM_THRESHOLD_, "
-        "MALLOC_MMAP_THRESHOLD_), as PyTorch does on a GPU.",
+        "- on the host, the C library keeps what any of them frees (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), "
+        "as PyTorch does on a GPU.",
         f"- train loss: mean of the last {LAST_LOSSES} steps. {_first_losses(found)}",
         *_times_to_loss(found),
         *_disturbances(found),

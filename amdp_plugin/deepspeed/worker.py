@@ -143,6 +143,10 @@ class EngineWorker(StagesWorker):
         self._engine.tell(update)
         self._parking.close()
 
+    def drop(self, update: Action) -> None:
+        with self._engine.deciding(update):
+            self._parking.drop()
+
     def parked(self) -> Iterable[Tensor]:
         return self._parking.tensors()
 

@@ -146,7 +146,7 @@ class ScheduledForwardBackward:
         self._iteration, self._resumed_states = iteration, random_states
         self._resumed_ahead, self._resumed_means = ahead, means
         if self._started:
-            self.executor.quiesce()
+            self.executor.quiesce(updates=False)
             self.pipeline.restart(iteration, random_states, ahead, means)
 
     @property

@@ -158,6 +158,10 @@ class ChunksWorker(StagesWorker):
         tell = None if decisions is None else partial(decisions.tell, update)
         self._steps.close(self._reduction(), tell)
 
+    def drop(self, update: Action) -> None:
+        with self._deciding(update):
+            self._steps.parking.drop()
+
     def parked(self) -> Iterable[Tensor]:
         return self._steps.parking.tensors()
 

@@ -150,14 +150,17 @@ class Executor:
         self._exists = {key: exists for key, exists in self._exists.items() if key[0] >= self.window}
         self._read = {key: has for key, has in self._read.items() if key[0] >= self.window}
 
-    def quiesce(self) -> None:
+    def quiesce(self, updates: bool = True) -> None:
         """Make the updates that are still to come of windows that have closed, and cancel what is in flight.
 
         Afterwards every stage is at the same version and the next window fills the pipeline anew. No
         micro-batch is lost, and random state and buffers are as if no cancelled forward had run. All
         ranks of the pipeline must call it between the same two windows.
+
+        Args:
+            updates: whether they are made; else they are forgotten, where other weights have been loaded.
         """
-        self._catch_up()
+        self._catch_up(updates)
         if self._decisions is not None:
             self._decisions.drain(self.window)
         if self._channels is not None:
@@ -171,11 +174,16 @@ class Executor:
         self._worker.cancel(list(self._in_flight), self._early, snapshots)
         self.restart(self.window)
 
-    def _catch_up(self) -> None:
-        """Make the updates of windows that have closed which stand in a later one."""
+    def _catch_up(self, updates: bool = True) -> None:
+        """Make, or forget, the updates of windows that have closed which stand in a later one."""
         for stage in self.versions:
             while self.versions[stage] < self.window:
-                self._update(Action(stage, UPDATE, self.versions[stage]))
+                update = Action(stage, UPDATE, self.versions[stage])
+                if updates:
+                    self._update(update)
+                else:
+                    self._worker.drop(update)
+                    self.versions[stage] += 1
 
     def _row(self, rank: int) -> list[Action]:
         row = self._running.row(self.window - self._base, rank)

@@ -91,6 +91,14 @@ class Parking(Generic[Parked]):
         yield
         self._sums.restore(parked)
 
+    def drop(self) -> None:
+        """Forget the oldest window."""
+        if self._windows:
+            self._windows.popleft()
+        else:
+            self._sums.park()
+            self._is_whole = False
+
     def tensors(self) -> Iterator[Tensor]:
         """What is in memory now."""
         for parked in self._windows:

@@ -113,6 +113,11 @@ class PlainWorker(StagesWorker):
             self.decisions.tell(update, self._squares(update.stage))
         self._parking[update.stage].close()
 
+    def drop(self, update: Action) -> None:
+        if self.decisions is not None:
+            self.decisions.sum_up(update)
+        self._parking[update.stage].drop()
+
     def parked(self) -> Iterable[Tensor]:
         return (tensor for parking in self._parking.values() for tensor in parking.tensors())
 

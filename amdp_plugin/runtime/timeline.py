@@ -50,6 +50,7 @@ class Timeline:
         self.events: deque[Event] = deque(maxlen=keep)
         self.totals = Totals()
         self.latest_end: Mark = None
+        self._open: list[tuple[str, str, Mark]] = []
         self._under_way: deque[tuple[str, str, Mark, Mark]] = deque()
 
     def keep(self, events: int) -> None:
@@ -58,18 +59,24 @@ class Timeline:
 
     @contextmanager
     def span(self, name: str, phase: str = RUN, start: Mark | None = None) -> Iterator[None]:
-        """Record the enclosed block, here and under the same name in a ``torch.profiler`` trace.
+        """Record the enclosed block, here and under the same name in a ``torch.profiler`` trace. One within another
+        cuts that in pieces, which keep its name.
 
         Args:
             start: when it began, where that was before the block.
         """
-        start = self.device.mark() if start is None else start
+        self._open.append((name, phase, self.device.mark() if start is None else start))
         try:
             with record_function(name if phase == RUN else f"{phase} {name}"):
                 yield
         finally:
+            *_, begun = ended = self._open.pop()
             self.latest_end = self.device.mark()
-            self._under_way.append((name, phase, start, self.latest_end))
+            if self._open:
+                around, around_phase, since = self._open[-1]
+                self._under_way.append((around, around_phase, since, begun))
+                self._open[-1] = around, around_phase, self.latest_end
+            self._under_way.append((*ended, self.latest_end))
             self.settle()
 
     def settle(self) -> None:

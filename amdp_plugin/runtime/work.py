@@ -27,6 +27,9 @@ class Worker(Protocol):
     def close(self, update: Action) -> None:
         """The window of ``update`` has closed, which comes later."""
 
+    def drop(self, update: Action) -> None:
+        """``update``, of a window that has closed, is not made."""
+
     def update(self, action: Action) -> None:
         """At the home of a stage: apply the window's mean gradient to it, under the graphs that are alive."""
 

@@ -71,6 +71,10 @@ class StagesWorker(ABC):
         """See :meth:`.Worker.close`."""
 
     @abstractmethod
+    def drop(self, update: Action) -> None:
+        """See :meth:`.Worker.drop`."""
+
+    @abstractmethod
     def update(self, action: Action) -> None:
         """See :meth:`.Worker.update`."""
 

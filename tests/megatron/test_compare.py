@@ -34,7 +34,7 @@ CASES = {
     "stock, tied, masked, replicas": Job(None, data=2, tied=True, masked=True),
     "1f1b, tied": Job("1f1b", clip=0.5, tied=True),
     "paci, bf16, replicas": Job("paci", clip=0.5, bf16=True, data=2, **DISTRIBUTED),
-    "amdp": Job("amdp", pipeline=4, clip=0.5),
+    "amdp": Job({"name": "amdp", "decisions": "meeting"}, pipeline=4, clip=0.5),
 }
 MODEL = ["--layers", "2", "--hidden", "32", "--heads", "2", "--sequence-length", "16"]
 MICRO_BATCHES, MICRO_BATCH_SIZE = 3, 2
@@ -60,7 +60,8 @@ def test_records(name: str, tmp_path: Path) -> None:
     measured = Run(name, records)
     assert [record.rank for record in records] == list(range(job.world))
     for record, result in zip(records, found, strict=True):
-        assert (record.engine, record.schedule) == ((OURS, job.schedule) if job.schedule else (STOCK, "1f1b"))
+        name = job.schedule["name"] if isinstance(job.schedule, dict) else job.schedule
+    assert (record.engine, record.schedule) == ((OURS, name) if name else (STOCK, "1f1b"))
         assert (record.stage, record.stages, record.micro_batches) == (result["stage"], job.pipeline, job.micro_batches)
         assert record.largest_gap == result["gap"]
         check_steps(record, result, job)

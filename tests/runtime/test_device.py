@@ -18,7 +18,7 @@ from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.device import DEVICE_CLOCK, Host
 from amdp_plugin.runtime.executor import Executor
 from amdp_plugin.runtime.plain import PlainWorker
-from amdp_plugin.runtime.timeline import RUN, Event, Timeline
+from amdp_plugin.runtime.timeline import RUN, WAIT, Event, Timeline
 from amdp_plugin.runtime.watch import FIRST_WINDOW, InStream, PipelineStallError, Watch
 
 
@@ -98,6 +98,23 @@ def test_times_are_read_when_the_device_is_through() -> None:
     device.done = 4
     timeline.settle()
     assert [event.name for event in timeline.events] == ["0F0", "0F1"] and timeline.totals.run == 2.0
+
+
+def test_a_span_within_another_cuts_it_in_pieces() -> None:
+    """What is waited for within an update is no part of what it ran."""
+    device = SlowDevice()
+    timeline = Timeline(device=device)
+    with timeline.span("1U0"):
+        for name in ("a sum", "another"):
+            with timeline.span(name, WAIT):
+                pass
+    device.done = 99
+    timeline.settle()
+    assert list(timeline.events) == [
+        Event("1U0", RUN, 1.0, 2.0), Event("a sum", WAIT, 2.0, 3.0), Event("1U0", RUN, 3.0, 4.0),
+        Event("another", WAIT, 4.0, 5.0), Event("1U0", RUN, 5.0, 6.0),
+    ]  # fmt: skip
+    assert (timeline.totals.run, timeline.totals.wait) == (3.0, 2.0)
 
 
 def test_the_host_is_at_most_two_actions_ahead() -> None:
