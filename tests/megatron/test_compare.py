@@ -61,7 +61,7 @@ def test_records(name: str, tmp_path: Path) -> None:
     assert [record.rank for record in records] == list(range(job.world))
     for record, result in zip(records, found, strict=True):
         name = job.schedule["name"] if isinstance(job.schedule, dict) else job.schedule
-    assert (record.engine, record.schedule) == ((OURS, name) if name else (STOCK, "1f1b"))
+        assert (record.engine, record.schedule) == ((OURS, name) if name else (STOCK, "1f1b"))
         assert (record.stage, record.stages, record.micro_batches) == (result["stage"], job.pipeline, job.micro_batches)
         assert record.largest_gap == result["gap"]
         check_steps(record, result, job)
