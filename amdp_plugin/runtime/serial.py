@@ -184,6 +184,7 @@ class SerialPipeline:
         self._data = {number: next(data) for number in numbers}
         self._first = first
         self._measured.clear()
+        self._backwards = [0] * len(self.stages)
         for rank, action in play(program):
             action = action.shifted(first, size)
             if action.window(size) < first + windows:

@@ -229,7 +229,7 @@ def test_guests_and_exchange_buffers() -> None:
     home(torch.ones(4)).sum().backward()
     optimizer.step()
     sums = torch.zeros(20, dtype=torch.float64)
-    engine.guest_gradients = lambda: [sums, gradients]
+    engine.other_gradients = lambda: [sums, gradients]
     engine.exchange_buffers = lambda: iter([gradients, torch.zeros(5)])
     assert measure(engine) == Memory(weights=160, gradients=320, optimizer_state=80, exchange=20)
 

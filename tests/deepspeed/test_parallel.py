@@ -19,6 +19,7 @@ from tests.runtime.models import OPTIMIZERS, data, loss
 
 from . import tensor_parallel
 from .jobs import Job, assert_equals_oracle, assert_same, make_oracle, oracle, run
+from .test_oracle import squares
 
 ZERO = {"zero_optimization": {"stage": 1}}
 BF16 = {
@@ -59,6 +60,7 @@ def both_replicas(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
 
 CLIPPED = {"gradient_clipping": 0.05}
 TOGETHER = {"name": "amdp", "decisions": "meeting"}
+KNOWN, RELAYED = ({"name": "paci", "decisions": decisions} for decisions in ("latest", "relayed"))
 
 
 @pytest.mark.parametrize(
@@ -66,8 +68,10 @@ TOGETHER = {"name": "amdp", "decisions": "meeting"}
     [
         ("paci", 2, {}),
         ("paci", 2, ZERO),
-        ("paci", 2, CLIPPED),
-        ("paci", 2, {**ZERO, **CLIPPED}),
+        (KNOWN, 2, CLIPPED),
+        (KNOWN, 2, {**ZERO, **CLIPPED}),
+        (RELAYED, 2, CLIPPED),
+        (RELAYED, 2, {**ZERO, **CLIPPED}),
         ("amdp", 4, {}),
         (TOGETHER, 4, CLIPPED),
         (TOGETHER, 4, {**ZERO, **CLIPPED}),
@@ -79,7 +83,8 @@ def test_replicas_average_their_gradients(schedule: Any, stages: int, config: di
     found = run(job)
     clipping = config.get("gradient_clipping", 0.0)
     for name in (schedule, "1f1b"):
-        pipeline = make_oracle(replace(job, schedule=name), before_step=clip(clipping))
+        clipped = known(clipping) if name in (KNOWN, RELAYED) else {"before_step": clip(clipping)}
+        pipeline = make_oracle(replace(job, schedule=name), **clipped)
         losses = pipeline.train(both_replicas(job), job.windows)
         errors = [
             float((found[job.replicas * s]["weights"][s][key] - value).abs().max())
@@ -95,6 +100,17 @@ def test_replicas_average_their_gradients(schedule: Any, stages: int, config: di
         for stage, weights in found[rank]["weights"].items():
             for key, value in weights.items():
                 assert torch.equal(value, found[rank + 1]["weights"][stage][key]), f"replicas of stage {stage}: {key}"
+
+
+def known(norm: float) -> dict[str, Any]:
+    """Clip by what is known of all stages."""
+
+    def decide(parameters: list[nn.Parameter], total: float) -> None:
+        assert total**0.5 > norm, "the case must clip"
+        for parameter in parameters:
+            parameter.grad.mul_(norm / (total**0.5 + 1e-6))
+
+    return {"measure": squares, "decide": decide}
 
 
 def clip(norm: float) -> Any:
@@ -125,11 +141,12 @@ def test_tensor_parallel_equals_the_whole(name: str, stages: int, replicas: int,
     clipping = config.get("gradient_clipping", 0.0)
     ranks = 2 * replicas
     found = run_ranks(ranks * stages, tensor_parallel.train, job)
-    options = {"decisions": "meeting"} if name == "amdp" and clipping else {}
+    options = {"decisions": "latest"} if clipping else {}
     schedules = {name: make(name, stages, job.size, **options), "1f1b": make("1f1b", stages, job.size)}
     for other, schedule in schedules.items():
         whole = tensor_parallel.whole_layers(stages)
-        pipeline = SerialPipeline(whole, OPTIMIZERS["sgd"], loss, schedule, before_step=clip(clipping))
+        clipped = known(clipping) if clipping and not schedule.flush else {"before_step": clip(clipping)}
+        pipeline = SerialPipeline(whole, OPTIMIZERS["sgd"], loss, schedule, **clipped)
         losses = pipeline.train(both_replicas(job), job.windows)
         error = max(
             float((value - expected).abs().max())

@@ -190,12 +190,13 @@ def test_relayed_decisions_with_masters_and_parts(more: dict[str, Any], bf16: bo
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "compensation"), [("amdp", 2, {}), ("amdp", 4, {}), ("amdp", 4, FEEDBACK), ("chimera", 2, {})]
+    ("name", "stages", "options"),
+    [("amdp", 2, {"decisions": "meeting"}), ("amdp", 4, {}), ("amdp", 4, FEEDBACK), ("chimera", 2, {})],
 )
-def test_tied_embeddings(name: str, stages: int, compensation: dict[str, Any]) -> None:
+def test_tied_embeddings(name: str, stages: int, options: dict[str, Any]) -> None:
     """The first and the last stage sum their gradients of the one weight, guests' included: they meet at every update,
     so that the copies stay equal bit for bit. In one process the sum is made by hand."""
-    job = Job({"name": name, **compensation}, stages, 4, tied=True, model=DROPOUT)
+    job = Job({"name": name, **options}, stages, 4, tied=True, model=DROPOUT)
     found = run(job)
     assert_equals_oracle(found, oracle(job, before_step=sum_tied))
     assert torch.equal(found[0]["weights"][0][0], found[-1]["weights"][stages - 1][-1])
