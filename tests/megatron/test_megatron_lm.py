@@ -176,6 +176,26 @@ def test_error_feedback(folder: Path, more: Sequence[str], form: str, tmp_path: 
     assert evaluations(loaded)[-2:] == evaluations(output)[-2:]
 
 
+def test_relayed_decisions(folder: Path, tmp_path: Path) -> None:
+    """One norm, later; the first iteration updates nothing on the stage that prints. A resumed job goes on as if it had
+    not ended, and stock evaluates what was saved."""
+    options, quiet = tmp_path / "options.json", ("--attention-dropout", "0", "--hidden-dropout", "0")
+    options.write_text('{"decisions": "relayed"}')
+    common = (*quiet, "--ckpt-format", "torch_dist")
+    relayed = (*common, "--pipeline-schedule-options", str(options))
+    output = run(folder, "PP4", "paci", *relayed, "--save", str(tmp_path / "whole"))
+    went_on = losses(output)
+    assert sorted(went_on) == list(range(2, ITERATIONS + 1)), "a mean over updates"
+    assert float(went_on[ITERATIONS]) < float(went_on[2]) - 0.5
+    shutil.copytree(tmp_path / "whole" / "iter_0000010", tmp_path / "half" / "iter_0000010")
+    (tmp_path / "half" / "latest_checkpointed_iteration.txt").write_text("10")
+    resumed = losses(run(folder, "PP4", "paci", *relayed, "--load", str(tmp_path / "half")))
+    later = range(14, ITERATIONS + 1)
+    assert [resumed[number] for number in later] == [went_on[number] for number in later]
+    loaded = run(folder, "PP4", "stock", *common, "--load", str(tmp_path / "whole"))
+    assert evaluations(loaded)[-2:] == evaluations(output)[-2:]
+
+
 def test_checkpoints_pass_between_stock_and_paci(folder: Path, tmp_path: Path) -> None:
     """One evaluation before any further iteration tells that the weights are those that were saved."""
     quiet = ("--attention-dropout", "0", "--hidden-dropout", "0")
