@@ -249,3 +249,20 @@ def test_a_window_that_is_broken_on_one_stage_is_skipped_by_all(decisions: str, 
         late = int(own > 0) if decisions == "relayed" else int(own > stage)
         assert result["skipped"][:-1] == [int(window >= 2 + late) for window in range(6)]
         assert all(torch.isfinite(value).all() for value in result["weights"][own].values())
+
+
+def train_fp16_with_a_broken_window(rank: int, job: Job, stage: int, window: int) -> dict[str, Any]:
+    get_accelerator().is_fp16_supported = lambda: True  # slow on this CPU, and right
+    return train_with_a_broken_window(rank, job, stage, window)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_overflow_on_one_stage_is_one_of_all(stage: int) -> None:
+    """fp16, decisions relayed: all skip that window, and no other, and halve the scale at it."""
+    config = {**FP16, "fp16": {**FP16["fp16"], "initial_scale_power": 6, "loss_scale_window": 100}}
+    job = Job("paci", 3, 4, config=config, dtype=torch.float16, windows=6)
+    found = run_ranks(3, train_fp16_with_a_broken_window, job, stage, 2)
+    for result in found:
+        late = int(result["stage"] > 0)
+        assert result["skipped"] == [*(int(window >= 2 + late) for window in range(6)), 1]
+        assert all(torch.isfinite(value).all() for value in result["weights"][result["stage"]].values())
