@@ -128,9 +128,10 @@ class ScheduledPipelineEngine(PipelineEngine):
         which stays in the weights until the next window. Training goes on afterwards as if it had not been called:
         what is in flight stays, and it draws no random numbers. Where decisions are relayed, stages would be at
         different updates: there it is cancelled first, as for a checkpoint."""
-        with self._aside(), self._acting_as(self.stage_id), self.pipeline.watch.guard("evaluation", None):
+        with self.pipeline.watch.guard("evaluation", None):
             self.pipeline.settle()
-            return super().eval_batch(data_iter, *args, **kwargs)
+            with self._aside(), self._acting_as(self.stage_id):
+                return super().eval_batch(data_iter, *args, **kwargs)
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's checkpoint, which stock 1F1B loads too, with the random state of every rank beside it, and, with

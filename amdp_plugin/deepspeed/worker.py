@@ -6,8 +6,8 @@ schedules, so that timers, activation checkpointing, bf16 and ZeRO-1 go on as th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 from deepspeed.pipe import PipelineModule
@@ -38,8 +38,11 @@ class StageEngine(Protocol):
     total_loss: Any
     total_additional_losses: Any
     grad_layer: Any
+    global_steps: int
+    global_samples: int
 
     def load(self, batch: Any, buffer_id: int) -> None: ...
+    def train_batch_size(self) -> int: ...
     def present_loss_scale(self) -> float: ...
     def tell(self, update: Action) -> None: ...
     def deciding(self, update: Action) -> AbstractContextManager[None]: ...
@@ -142,10 +145,24 @@ class EngineWorker(StagesWorker):
         self._reduce()
         self._engine.tell(update)
         self._parking.close()
+        # A step that a user counts, on all stages in the same call, whenever its update comes.
+        self._engine.global_steps += 1
+        self._engine.global_samples += self._engine.train_batch_size()
 
     def drop(self, update: Action) -> None:
         with self._engine.deciding(update):
             self._parking.drop()
+
+    @contextmanager
+    def _closed(self, update: Action) -> Iterator[None]:
+        """Let DeepSpeed step with the gradient of a window that has closed, and count that as it would."""
+        engine = self._engine
+        counted = engine.global_steps, engine.global_samples
+        engine.global_samples -= (engine.global_steps - update.index) * engine.train_batch_size()
+        engine.global_steps = update.index
+        with self._parking.oldest():
+            yield
+        engine.global_steps, engine.global_samples = counted
 
     def parked(self) -> Iterable[Tensor]:
         return self._parking.tensors()
@@ -158,7 +175,7 @@ class EngineWorker(StagesWorker):
 
     def update(self, action: Action) -> None:
         stepping = self._engine.pipeline.feedback.stepping(self.runs_freely(action))
-        parked = self._parking.oldest() if self.relayed else nullcontext()
+        parked = self._closed(action) if self.relayed else nullcontext()
         with parked, live_update(self._engine.module.parameters()), self.keeping_tied(), stepping:
             if not self.relayed:
                 self._reduce()

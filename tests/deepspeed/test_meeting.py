@@ -20,7 +20,8 @@ from amdp_plugin.runtime.serial import SerialPipeline
 from tests.processes import run_ranks
 from tests.runtime.models import OPTIMIZERS, ROWS, Plain, data, loss
 
-from .jobs import Job, assert_same, configuration, finish, make_engine, stream
+from .jobs import Job, assert_equals_oracle, assert_same, configuration, finish, make_engine, make_oracle, stream
+from .test_oracle import clip, squares
 from .tied_layers import Last, Words, head, middles, train_tied
 
 # Tied layers
@@ -266,3 +267,55 @@ def test_an_overflow_on_one_stage_is_one_of_all(stage: int) -> None:
         late = int(result["stage"] > 0)
         assert result["skipped"] == [*(int(window >= 2 + late) for window in range(6)), 1]
         assert all(torch.isfinite(value).all() for value in result["weights"][result["stage"]].values())
+
+
+def count_steps(rank: int, job: Job) -> list[tuple[int, int]]:
+    engine = make_engine(rank, job)
+    batches, counted = stream(engine, job), []
+    for _ in range(job.windows):
+        engine.train_batch(batches)
+        counted.append((engine.global_steps, engine.global_samples))
+    engine.executor.quiesce()
+    return [*counted, (engine.global_steps, engine.global_samples)]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_steps_are_counted_alike_on_all_stages(size: int) -> None:
+    """Relayed decisions let updates come in later calls; scripts evaluate and save by the count."""
+    job = Job({"name": "paci", "decisions": "relayed"}, 3, size, config={"gradient_clipping": 0.05}, windows=5)
+    steps = [*range(1, 6), 5]
+    for counted in run_ranks(3, count_steps, job):
+        assert counted == [(step, step * size * ROWS) for step in steps]
+
+
+def train_and_evaluate(rank: int, job: Job, windows: int) -> dict[str, Any]:
+    """Two parts, with an evaluation between."""
+    engine = make_engine(rank, job)
+    batches, losses = stream(engine, job), []
+    for _ in range(windows):
+        losses.append(float(engine.train_batch(batches)))
+    evaluated = float(engine.eval_batch(iter(data(job.dtype, job.size))))
+    for _ in range(windows):
+        losses.append(float(engine.train_batch(batches)))
+    return {**finish(engine, losses), "evaluated": evaluated}
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_an_evaluation_under_relayed_decisions_is_of_one_version(size: int) -> None:
+    """What is in flight is cancelled for it, as for a checkpoint."""
+    schedule = {"name": "paci", "decisions": "relayed", "compensation": "error_feedback"}
+    job = Job(schedule, 3, size, optimizer="adamw", config={"gradient_clipping": 0.05})
+    found = run_ranks(3, train_and_evaluate, job, 3)
+    oracle, micro_batches = make_oracle(job, measure=squares, decide=clip), data(job.dtype)
+    losses = oracle.train(micro_batches, 3)
+    model = nn.Sequential(*oracle.stages)
+    plain = [value for stage in range(3) for value in oracle.plain(stage)]
+    ahead = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), plain, strict=True):
+            parameter.copy_(value)
+        expected = sum(float(loss(model.eval()(x), y)) for x, y in data(job.dtype, size)) / size
+        for parameter, value in zip(model.train().parameters(), ahead, strict=True):
+            parameter.copy_(value)
+    assert [result["evaluated"] for result in found] == pytest.approx([expected] * 3, rel=1e-6)
+    assert_equals_oracle(found, oracle, [*losses, *oracle.train(micro_batches, 3)])
