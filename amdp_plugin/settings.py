@@ -66,9 +66,9 @@ def check_loss_scale(schedule: Schedule, where: str, instead: str) -> None:
     Raises:
         ValueError: with the reason and what to do.
     """
-    if schedule.updates_meet or (schedule.decisions == "relayed" and scales_with_windows(schedule)):
+    if schedule.updates_meet or (schedule.relays and scales_with_windows(schedule)):
         return
-    if schedule.decisions == "relayed":
+    if schedule.relays:
         why = (
             f"relayed decisions change it between windows of at least {schedule.in_flight[0]} micro-batches, with one "
             f"in flight on the last stage; these are of {schedule.micro_batches}, with {schedule.in_flight[-1]}"

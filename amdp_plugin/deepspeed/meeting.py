@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import nn
 
@@ -128,7 +127,6 @@ def clip_by_whole_norm(parameters: Iterable[nn.Parameter], limit: float, grid: A
     """
     parameters = list(parameters)
     squares = squares_of(parameters, grid, device)
-    dist.all_reduce(squares, group=grid.get_model_parallel_group())
     coefficient = torch.clamp(limit / (squares.sqrt() + 1e-6), max=1.0)
     for parameter in parameters:
         if parameter.grad is not None:

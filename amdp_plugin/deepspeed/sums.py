@@ -103,9 +103,7 @@ def stage_squares(engine: Any, grid: Any) -> Tensor:
         return squared(optimizer.scaled_global_norm())
     if isinstance(optimizer, BF16_Optimizer):
         return squared(get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=grid))
-    squares = squares_of(engine.module.parameters(), grid, engine.device)
-    dist.all_reduce(squares, group=grid.get_model_parallel_group())
-    return squares
+    return squares_of(engine.module.parameters(), grid, engine.device)
 
 
 def squared(norm: Tensor) -> Tensor:
@@ -115,10 +113,13 @@ def squared(norm: Tensor) -> Tensor:
 
 @torch.no_grad()
 def squares_of(parameters: Iterable[nn.Parameter], grid: Any, device: Any) -> Tensor:
-    """The sum of the squares of this rank's gradients, every parameter counted on one of the ranks that hold it."""
+    """The sum of the squares of gradients over the model-parallel group of ``grid``, every parameter counted on one of
+    the ranks that hold it."""
     counted = []
     for parameter in parameters:
         once = grid.get_slice_parallel_rank() == 0 or is_model_parallel_parameter(parameter)
         if parameter.grad is not None and once and not getattr(parameter, "ds_pipe_replicated", False):
             counted.append(parameter.grad.float().norm())
-    return torch.stack(counted).square().sum() if counted else torch.zeros((), device=device)
+    squares = torch.stack(counted).square().sum() if counted else torch.zeros((), device=device)
+    dist.all_reduce(squares, group=grid.get_model_parallel_group())
+    return squares

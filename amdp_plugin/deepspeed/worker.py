@@ -79,7 +79,7 @@ class EngineWorker(StagesWorker):
     def _forward_home(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         engine, buffers = self._engine, self._engine.pipe_buffers
         stage, _, micro_batch = action
-        if self.relayed:
+        if self.schedule.relays:
             self._parking.forward(micro_batch)
         buffer_id = self._buffers[micro_batch] = self._free.pop()
         if inputs is not None:
@@ -127,7 +127,7 @@ class EngineWorker(StagesWorker):
         return self._guests[action.stage].backward(action.index, gradients)
 
     def _backward_home(self, micro_batch: int, gradients: Tensors | None) -> Tensors:
-        if self.relayed:
+        if self.schedule.relays:
             self._parking.backward(micro_batch)
         engine, buffers = self._engine, self._engine.pipe_buffers
         buffer_id = self._buffers[micro_batch]
@@ -175,9 +175,9 @@ class EngineWorker(StagesWorker):
 
     def update(self, action: Action) -> None:
         stepping = self._engine.pipeline.feedback.stepping(self.runs_freely(action))
-        parked = self._closed(action) if self.relayed else nullcontext()
+        parked = self._closed(action) if self.schedule.relays else nullcontext()
         with parked, live_update(self._engine.module.parameters()), self.keeping_tied(), stepping:
-            if not self.relayed:
+            if not self.schedule.relays:
                 self._reduce()
             with self._engine.deciding(action):
                 self._engine._exec_optimizer_step()

@@ -105,7 +105,7 @@ class ChunksWorker(StagesWorker):
     def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         stage, _, micro_batch = action
         call, size = self._call(), self.schedule.micro_batches
-        if self.relayed:
+        if self.schedule.relays:
             self._steps.parking.forward(micro_batch)
         received = None if inputs is None else input_leaf(inputs[0])
         reported: list[Any] = []
@@ -137,7 +137,7 @@ class ChunksWorker(StagesWorker):
 
     def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
         stage, _, micro_batch = action
-        if self.relayed:
+        if self.schedule.relays:
             self._steps.backward(micro_batch)
         received, output = self._in_flight.pop((stage, micro_batch))
         gradient = None if gradients is None else gradients[0]
@@ -150,7 +150,7 @@ class ChunksWorker(StagesWorker):
 
     def forget(self, action: Action) -> None:
         del self._in_flight[action.stage, action.index]
-        if self.relayed:
+        if self.schedule.relays:
             self._steps.parking.forget(action.index)
 
     def close(self, update: Action) -> None:
@@ -168,14 +168,14 @@ class ChunksWorker(StagesWorker):
     def update(self, action: Action) -> None:
         deciding, stepping = self._deciding(action), self._feedback.stepping(self.runs_freely(action))
         with live_update(self._chunks[self._home].parameters()), self.keeping_tied(), stepping:
-            if self.relayed:
+            if self.schedule.relays:
                 self._steps.run_closed(deciding)
             else:
                 self._steps.run(self._reduction(), deciding)
 
     def _reduction(self) -> Callable[[], None]:
         """Of a window's gradients, over the replicas of the job."""
-        kinds = not (self.replicas or self.relayed), bool(self.schedule.tied)
+        kinds = not (self.replicas or self.schedule.relays), bool(self.schedule.tied)
         return partial(reduce_gradients, self._config, self._chunks[self._home], *kinds, **self._call().reduction)
 
     def _deciding(self, update: Action) -> AbstractContextManager[Any]:
@@ -191,7 +191,7 @@ class ChunksWorker(StagesWorker):
     def _synchronization(self, action: Action) -> Any:
         """Reductions over data-parallel replicas may begin within a window's last backward, where the job overlaps
         them, and neither gradients of guests are still to come, or to go, nor what is reduced is put aside."""
-        size, apart = self.schedule.micro_batches, self.replicas or self.relayed
+        size, apart = self.schedule.micro_batches, self.replicas or self.schedule.relays
         last = self.directions == 1 and not apart and action.index % size == size - 1
         if action.stage != self._home or last or self._config.no_sync_func is None:
             return nullcontext()

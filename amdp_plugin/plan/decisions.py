@@ -59,7 +59,7 @@ def check_decisions(program: Program, ago: WindowsAgo) -> None:
         ProgramError: naming an update and what it waits for, or stages that know too little of each other.
     """
     schedule = program.schedule
-    if schedule.decisions == "relayed" and any(map(any, ago)):
+    if schedule.relays and any(map(any, ago)):
         stage, other = next((stage, late.index(max(late))) for stage, late in enumerate(ago) if any(late))
         raise ProgramError(
             f"{schedule.name} breaks {WINDOWS}: decisions are relayed, and stage {stage} knows the sum of stage "

@@ -15,7 +15,7 @@ def delays_of(schedule: Schedule) -> tuple[int, ...]:
     Raises:
         ValueError: where they cannot be relayed.
     """
-    if schedule.decisions != "relayed":
+    if not schedule.relays:
         return (0,) * schedule.num_stages
     if schedule.placement.directions > 1:
         raise ValueError(
@@ -45,7 +45,7 @@ def check_delays(schedule: Schedule) -> None:
         raise ValueError(f"{name}: update_delay needs one entry for each of {schedule.num_stages} stages, got {delays}")
     if min(delays) < 0:
         raise ValueError(f"{name}: update_delay counts backwards, at least 0; got {delays}")
-    if schedule.flush_every and max(delays) and schedule.decisions != "relayed":
+    if schedule.flush_every and max(delays) and not schedule.relays:
         raise ValueError(f"{name}: an update cannot stand later than a flush that waits for it")
     late = [stages for stages in schedule.tied if delays[stages[0]]]
     if late:

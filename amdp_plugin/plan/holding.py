@@ -1,10 +1,11 @@
-"""A stage on one of the ranks that hold it, in the list scheduler."""
+"""Stages and tied weights on the ranks that hold them, in the list scheduler: how far their windows have come."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .action import REDUCE, UPDATE, Action
 from .schedule import Schedule
-from .tied_holding import TiedHolding
 
 
 class Holding:
@@ -49,3 +50,54 @@ class Holding:
     def state(self, window: int) -> tuple[int, ...]:
         reductions = self.reductions - window if self.guests else 0
         return self.backwards - window * self.per_window, reductions, self.updates - window
+
+
+class TiedHolding:
+    """Goes with the :class:`Holding` of its stage on the rank, whose backwards are its own.
+
+    A guest sends the sum of a window and goes on to the next, whatever has become of the one before, so that several
+    windows may be under way; its home adds, is stepped with its stage, and sends the new value.
+
+    Args:
+        unit: its number, see :mod:`.sharing`.
+        carrier: the stage.
+    """
+
+    def __init__(self, schedule: Schedule, unit: int, carrier: Holding) -> None:
+        self.rank, self.stage, self._carrier = carrier.rank, unit, carrier
+        self.home, *self.guests = schedule.sharing.holders[unit]
+        self.late = schedule.windows_late(self.rank, unit)
+        self.reductions = self.updates = 0
+        carrier.tied.append(self)
+
+    @property
+    def completed(self) -> int:
+        """Windows of which all backwards are done here."""
+        return self._carrier.completed
+
+    @property
+    def next(self) -> Action:
+        """The reduction or update that is next."""
+        if self.completed > self.reductions:
+            return Action(self.stage, REDUCE, self.reductions)
+        return Action(self.stage, UPDATE, self.updates)
+
+    def is_due(self, has_come: Callable[[int], bool]) -> bool:
+        """Whether the next one may start.
+
+        Args:
+            has_come: whether it has come from that rank.
+        """
+        if self.rank != self.home:
+            return self.next.kind == REDUCE or has_come(self.home)
+        if self.next.kind == REDUCE:
+            return all(map(has_come, self.guests))
+        return self._carrier.updates > self.updates
+
+    def closes(self, window: int) -> bool:
+        """Whether nothing is left to do here in the windows before ``window``: the home needs a window's sum in its own
+        like window, and the guest has the new value a bounded number of windows later."""
+        return self.reductions >= window and self.updates >= window - self.late
+
+    def state(self, window: int) -> tuple[int, ...]:
+        return self.reductions - window, self.updates - window

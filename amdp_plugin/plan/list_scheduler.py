@@ -10,13 +10,12 @@ from collections import deque
 
 from .action import BACKWARD, FORWARD, KINDS, REDUCE, UPDATE, Action
 from .costs import CostModel, ticks
-from .holding import Holding
+from .holding import Holding, TiedHolding
 from .lane import Lane, Message
 from .laws import PROGRESS, ProgramError, breach
 from .priorities import Priority
 from .program import Program, Row
 from .schedule import Schedule
-from .tied_holding import TiedHolding
 
 Window = tuple[Row, ...]
 
@@ -170,7 +169,7 @@ class ListScheduler:
             return all(other.reductions > action.index for other in before)
         if action.kind == REDUCE:
             return all(self._has_come(rank, guest, action) for guest in holding.guests)
-        if self.schedule.decisions == "relayed" and not self._is_brought(rank, action):
+        if self.schedule.relays and not self._is_brought(rank, action):
             return False
         return holding.gathered > action.index and (not self._opens_meeting(rank, action) or self._may_meet())
 

@@ -152,7 +152,7 @@ class Schedule:
         check_compensation(self)
         if self.decisions not in DECISIONS:
             raise ValueError(f"{self.name}: decisions are {', '.join(DECISIONS)}; got {self.decisions!r}")
-        if self.decisions == "relayed" or not self.update_delay:
+        if self.relays or not self.update_delay:
             object.__setattr__(self, "update_delay", delays_of(self))
         check_delays(self)
         self.sharing.check(self.name, self.weights, self.together)
@@ -196,6 +196,11 @@ class Schedule:
         return self.decisions == "meeting"
 
     @property
+    def relays(self) -> bool:
+        """Whether a window may close before its update, which waits for what is relayed to it."""
+        return self.decisions == "relayed"
+
+    @property
     def keeps_versions(self) -> bool:
         """Whether a backward uses a version of the weights that was kept for it."""
         return self.weights in KEPT
@@ -234,7 +239,7 @@ class Schedule:
         that made the weights that it uses, and those whose decisions come with it."""
         window = micro_batch // self.micro_batches
         flushed = window // self.flush_every * self.flush_every if self.flush_every else 0
-        if self.decisions == "relayed":
+        if self.relays:
             return max(flushed, (micro_batch - self.in_flight[0] + 1) // self.micro_batches)
         return max(flushed, window - 1) if self.weights == "previous" else flushed
 
@@ -286,7 +291,7 @@ class Schedule:
             home = self.sharing.stages(stage)[0]
             return 0 if rank == self.placement.home(home) else -(-self.in_flight[home] // self.micro_batches)
         delay, per_window = self.update_delay[stage], self.backwards_per_window(rank, stage)
-        if self.decisions == "relayed" and delay:
+        if self.relays and delay:
             # What brings the decision may be sent in a later window than the last backward before the update.
             return 1 + delay // per_window
         return -(-delay // per_window)
@@ -367,7 +372,7 @@ class Schedule:
                     yield from self.gathered(other, index)
         else:
             yield from self.gathered(stage, index)
-            if self.decisions == "relayed" and stage:
+            if self.relays and stage:
                 bringing = self.forward_after(index)
                 yield self.placement.rank_of(stage - 1, bringing), Action(stage - 1, FORWARD, bringing)
 

@@ -89,7 +89,7 @@ def _check_updates(program: Program) -> None:
                     what = f"only {count} of {per_window} backwards of window {index} are in it"
                     raise breach(program, rank, position, WINDOWS, what)
                 brings = schedule.forward_after(index)
-                if kind == UPDATE and schedule.decisions == "relayed" and forwards[stage] != brings:
+                if kind == UPDATE and schedule.relays and forwards[stage] != brings:
                     what = f"its decision comes with {Action(stage, FORWARD, brings)}, which does not follow next"
                     raise breach(program, rank, position, WINDOWS, what)
                 updates[stage] += kind == UPDATE

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..plan.action import UPDATE, Action
-from ..plan.decisions import sums_of, windows_ago
-from ..plan.planner import Planner
+from ..plan.decisions import WindowsAgo, sums_of
+from ..plan.schedule import Schedule
 from .channels import Channels
 from .watch import Watch
 
@@ -37,25 +37,33 @@ class Decisions:
     for that of all.
 
     Args:
-        planner: the program.
-        opening: that of the first windows, where it is another.
+        schedule: what is run.
+        ago: of its program, from :func:`.plan.decisions.windows_ago`.
+        opening: of that of the first windows, where it is another.
         stage: the stage that is at home on this rank.
         channels: small messages.
         watch: what is being done and waited for.
     """
 
     def __init__(
-        self, planner: Planner, opening: Planner | None, stage: int, channels: Channels, watch: Watch
+        self,
+        schedule: Schedule,
+        ago: WindowsAgo,
+        opening: WindowsAgo | None,
+        stage: int,
+        channels: Channels,
+        watch: Watch,
     ) -> None:
-        self._schedule, self._stage, self._channels, self._watch = planner.schedule, stage, channels, watch
-        self.relayed = planner.schedule.decisions == "relayed"
-        self._programs = [None if each is None else windows_ago(each) for each in (opening, planner)]
+        self._schedule, self._stage, self._channels, self._watch = schedule, stage, channels, watch
+        self.relayed = schedule.relays
+        self._main, self._opening = ago, opening
         self.begin(0)
 
     def begin(self, window: int) -> None:
         """Nothing is in flight: a program begins with ``window``, and nobody knows anything of another stage."""
-        opens, first = window < self._schedule.flush_first, self._schedule.flush_first
-        self._ago, self._base, self._end = self._programs[not opens], window, first if opens else inf
+        self._ago, self._base, self._end = self._main, window, inf
+        if self._opening is not None and window < self._schedule.flush_first:
+            self._ago, self._end = self._opening, self._schedule.flush_first
         self._told: dict[int, float] = {}
 
     def tell(self, update: Action, own: Tensor | float) -> None:
@@ -67,8 +75,8 @@ class Decisions:
                 f"the gradient of stage {update.stage} for window {update.index} is not finite (a sum of squares of "
                 f"{value}): other stages skip an update with it"
             )
-        for stage, late in enumerate(self._lateness_at_others):
-            if stage != self._stage and update.index + late < self._end:
+        for stage, row in enumerate(self._ago):
+            if stage != self._stage and update.index + row[self._stage] < self._end:
                 self._channels.send_sum(self._home(stage), value, update)
 
     @contextmanager
@@ -88,27 +96,16 @@ class Decisions:
 
     def drain(self, window: int) -> None:
         """Receive and drop what has been sent for updates of ``window`` and later ones, none of which has begun."""
-        for later in range(window, window + 1 + max(self._late, default=0)):
+        for later in range(window, window + 1 + max(self._ago[self._stage])):
             for other, known in self._taken(Action(self._stage, UPDATE, later)):
                 if known < window:
                     self._channels.receive_sum(self._home(other), None)
 
     def _taken(self, action: Action) -> Iterator[tuple[int, int]]:
         """(other stage, window) of the sums that an update takes."""
-        assert self._ago is not None
         for other, known in sums_of(self._ago, action):
             if known >= self._base and action.index < self._end:
                 yield other, known
-
-    @property
-    def _late(self) -> tuple[int, ...]:
-        assert self._ago is not None
-        return self._ago[self._stage]
-
-    @property
-    def _lateness_at_others(self) -> list[int]:
-        assert self._ago is not None
-        return [row[self._stage] for row in self._ago]
 
     def _home(self, stage: int) -> int:
         return self._schedule.placement.home(stage)
@@ -122,23 +119,22 @@ class _Answers:
         self._total: float | None = None
 
     def whole(self, own: Tensor) -> None:
+        own.fill_(self._sum(own))
+
+    def broken(self, own: Tensor) -> None:
+        if self._decisions.relayed:
+            own.fill_(0 if isfinite(self._sum(own)) else 1)
+
+    def end(self) -> None:
+        self._sum(inf)
+
+    def _sum(self, own: Tensor | float) -> float:
+        """Over all stages; ``own`` is told first, where that has not been done."""
         if self._total is None:
             if not self._decisions.relayed:
                 self._decisions.tell(self._action, own)
             self._total = self._decisions.sum_up(self._action)
-        own.fill_(self._total)
-
-    def broken(self, own: Tensor) -> None:
-        if self._decisions.relayed:
-            if self._total is None:
-                self._total = self._decisions.sum_up(self._action)
-            own.fill_(0 if isfinite(self._total) else 1)
-
-    def end(self) -> None:
-        if self._total is None:
-            if not self._decisions.relayed:
-                self._decisions.tell(self._action, inf)
-            self._decisions.sum_up(self._action)
+        return self._total
 
 
 @contextmanager

@@ -316,7 +316,7 @@ class Executor:
 
     def _note_whole(self, stage: int, window: int) -> None:
         """The gradient of ``window`` is whole, but for weights that ``stage`` shares, or that of one of these is."""
-        if self.schedule.decisions != "relayed":
+        if not self.schedule.relays:
             return
         self._whole[stage] += 1
         if self._whole[stage] > len(self.schedule.sharing.of_stage[stage]):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..plan.action import Action
 from ..plan.costs import CostModel
+from ..plan.decisions import windows_ago
 from ..plan.devices import RECEIVE_BUFFERS, gradient_buffers
 from ..plan.placement import Placement
 from ..plan.planner import Planner
@@ -192,9 +193,10 @@ class Pipeline:
             self.channels = Channels(
                 transport, self.watch, keep_sent(schedule), site.dynamic_shapes, site.shapes_hint
             )
-        self.decisions = None
-        if schedule.decisions in ("latest", "relayed") and self.channels is not None:
-            self.decisions = Decisions(self._planner, self._opening, self.site.rank, self.channels, self.watch)
+        self.decisions, ago = None, self.planned.windows_ago
+        if ago is not None and self.channels is not None:
+            opening = windows_ago(self._opening) if self._opening is not None else None
+            self.decisions = Decisions(schedule, ago, opening, self.site.rank, self.channels, self.watch)
         self.executor = Executor(
             self._planner, self.site.rank, worker, self.channels, self.watch, self.exchange, self._opening,
             self.decisions, self.extrapolation,
@@ -258,7 +260,7 @@ class Pipeline:
     def settle(self) -> None:
         """Between two windows, for an evaluation: all stages are at one version, and this rank's own stage has its
         plain iterate, until the next window. What is in flight stays, unless stages are at several versions."""
-        if self.schedule.decisions == "relayed":
+        if self.schedule.relays:
             self.executor.quiesce()
         self.put_plain()
 

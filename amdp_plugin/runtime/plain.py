@@ -85,7 +85,7 @@ class PlainWorker(StagesWorker):
 
     def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         stage, _, micro_batch = action
-        if self.relayed:
+        if self.schedule.relays:
             self._parking[stage].forward(micro_batch)
         if inputs is None:
             leaves = as_tuple(self.take(micro_batch)[0])
@@ -99,13 +99,13 @@ class PlainWorker(StagesWorker):
         return None
 
     def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
-        if self.relayed:
+        if self.schedule.relays:
             self._parking[action.stage].backward(action.index)
         return self._stages[action.stage].backward(action.index, gradients)
 
     def forget(self, action: Action) -> None:
         self._stages[action.stage].cancel(action.index)
-        if self.relayed:
+        if self.schedule.relays:
             self._parking[action.stage].forget(action.index)
 
     def close(self, update: Action) -> None:
@@ -122,7 +122,7 @@ class PlainWorker(StagesWorker):
         return (tensor for parking in self._parking.values() for tensor in parking.tensors())
 
     def update(self, action: Action) -> None:
-        with self._parking[action.stage].oldest() if self.relayed else nullcontext():
+        with self._parking[action.stage].oldest() if self.schedule.relays else nullcontext():
             self._clip(action)
             optimizer = self._optimizers[action.stage]
             with live_update(self.modules[action.stage].parameters()), self.keeping_tied(), self._stepping(action):

@@ -17,7 +17,7 @@ def check_runnable(schedule: Schedule) -> None:
     Raises:
         ValueError: with the alternative.
     """
-    if any(schedule.update_delay) and schedule.decisions != "relayed":
+    if any(schedule.update_delay) and not schedule.relays:
         raise ValueError(
             f"schedule {schedule.name!r} can be planned, not run: an engine applies every gradient before it sums the "
             f"next window's, so update_delay must be 0, it is {max(schedule.update_delay)} (amdp: leave "

@@ -43,11 +43,6 @@ class StagesWorker(ABC):
         self.feed = feed
         self.directions, self.last_stage = schedule.placement.directions, schedule.num_stages - 1
 
-    @property
-    def relayed(self) -> bool:
-        """Whether windows close before their update comes."""
-        return self.schedule.decisions == "relayed"
-
     # A host's
 
     @abstractmethod

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .jobs import DISTRIBUTED, DROPOUT, Job
 from .oracle import assert_equals_oracle, comparable, nothing, oracle
@@ -146,6 +147,17 @@ def clip_whole_model(parameters: list[nn.Parameter]) -> None:
     clip(parameters)
 
 
+def beside_unclipped(
+    found: list[dict[str, Any]], expected: dict[str, Any], job: Job
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Every parameter of every rank's own stage: as found, as expected, and as it would be without clipping."""
+    unclipped = oracle(replace(job, clip=0.0))
+    for result in found:
+        stage = result["stage"]
+        held = expected["weights"][stage][stage], unclipped["weights"][stage][stage]
+        yield from zip(result["weights"][stage], *held, strict=True)
+
+
 @pytest.mark.parametrize("more", [{}, DISTRIBUTED], ids=["", "distributed optimizer"])
 @pytest.mark.parametrize(
     ("name", "decisions", "clipping"),
@@ -161,14 +173,9 @@ def test_clipping(name: str, decisions: str, clipping: Any, more: dict[str, Any]
     schedule = {"name": name, "decisions": decisions}
     job = Job(schedule, 4, 4, clip=LIMIT, **{**more, "optimizer": {**LOOSE, **more.get("optimizer", {})}})
     found, expected = run(job), oracle(job, before_step=clipping)
-    unclipped = oracle(replace(job, clip=0.0))
-    for result in found:
-        stage = result["stage"]
-        for value, other, far in zip(
-            result["weights"][stage], expected["weights"][stage][stage], unclipped["weights"][stage][stage], strict=True
-        ):
-            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
-            assert not torch.allclose(value, far, rtol=1e-5, atol=1e-6) or torch.equal(other, far)
+    for value, other, far in beside_unclipped(found, expected, job):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(value, far, rtol=1e-5, atol=1e-6) or torch.equal(other, far)
     norms = {tuple(result["norms"]) for result in found}
     if decisions == "relayed":
         assert {result["norms"][0] for result in found[1:]} == {None}, "the first update is still to come"

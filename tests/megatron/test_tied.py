@@ -15,8 +15,8 @@ from tests.processes import run_ranks
 
 from .jobs import DISTRIBUTED, DROPOUT, Job
 from .oracle import assert_equals_oracle, comparable, oracle
-from .test_checkpoints import change_hands, load_and_go_on, save_and_go_on
-from .test_oracle import FEEDBACK, LIMIT, LOOSE
+from .test_checkpoints import change_hands, check_resumed
+from .test_oracle import FEEDBACK, LIMIT, LOOSE, beside_unclipped
 from .test_stock import FULL, OVERLAP
 from .training import Trainer, assert_same, run
 
@@ -82,15 +82,9 @@ def test_replicas_with_data_of_their_own() -> None:
 def test_the_norm_counts_it_once_and_whole() -> None:
     """By what each stage knows of the others, to the rounding of a norm."""
     job = Job({"name": "paci", "decisions": "latest"}, 4, 4, clip=LIMIT, tied=True, optimizer=LOOSE)
-    found, expected = run(job), oracle(job)
-    unclipped = oracle(replace(job, clip=0.0))
-    for result in found:
-        stage = result["stage"]
-        for value, other, far in zip(
-            result["weights"][stage], expected["weights"][stage][stage], unclipped["weights"][stage][stage], strict=True
-        ):
-            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
-            assert not torch.allclose(value, far, rtol=1e-5, atol=1e-6)
+    for value, other, far in beside_unclipped(run(job), oracle(job), job):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(value, far, rtol=1e-5, atol=1e-6)
 
 
 RELAYED = {"name": "paci", "decisions": "relayed"}
@@ -160,13 +154,7 @@ RESUMED = {
     ],
 )
 def test_resumed_run_equals_the_one_that_went_on(case: str, kind: str, tmp_path: Path) -> None:
-    job = RESUMED[case]
-    written = run_ranks(job.world, save_and_go_on, job, tmp_path, kind)
-    read = run_ranks(job.world, load_and_go_on, job, tmp_path, kind, kind == "torch")
-    if case == "relayed":  # the updates that the checkpoint hastened are told in the calls that follow it
-        for result in (*written, *read):
-            result["norms"] = result["norms"][job.pipeline - 1 :]
-    assert_same(read, written)
+    check_resumed(RESUMED[case], kind, tmp_path)
 
 
 def kept_at_rest(rank: int, job: Job) -> dict[str, Any]:

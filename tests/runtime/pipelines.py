@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.decisions import windows_ago
 from amdp_plugin.plan.devices import RECEIVE_BUFFERS
 from amdp_plugin.plan.extrapolation import planned_extrapolation
 from amdp_plugin.plan.planner import Planner
@@ -126,10 +127,20 @@ def make_executor(
     if extrapolation is not None:
         extrapolation.begin(planned_extrapolation(planner))
     if case.clipping:
-        worker.decisions = Decisions(planner, first, rank, channels, watch)
+        ago = windows_ago(planner)
+        assert ago is not None, "only what decides clips here"
+        worker.decisions = Decisions(schedule, ago, windows_ago(first) if first else None, rank, channels, watch)
     return Executor(
         planner, rank, worker, channels, watch, exchange, first, worker.decisions, extrapolation
     ), worker
+
+
+def run_parts(executor: Executor, parts: Iterable[int]) -> None:
+    """So many windows at a time, with nothing in flight between them."""
+    for windows in parts:
+        for _ in range(windows):
+            executor.run_window()
+        executor.quiesce()
 
 
 def make_oracle(case: Case) -> SerialPipeline:

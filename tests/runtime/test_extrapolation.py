@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ..processes import run_ranks
-from .pipelines import Case, assert_equals_oracle, make_executor, oracle_of_parts, result
+from .pipelines import Case, assert_equals_oracle, make_executor, oracle_of_parts, result, run_parts
 
 PIPEMARE = (("correction_decay", 0.3), ("rescale_steps", 5))
 CASES = [
@@ -30,10 +30,7 @@ CASES = [
 
 def train(rank: int, case: Case, parts: tuple[int, ...]) -> dict[str, Any]:
     executor, worker = make_executor(rank, case)
-    for windows in parts:
-        for _ in range(windows):
-            executor.run_window()
-        executor.quiesce()
+    run_parts(executor, parts)
     kept = worker.extrapolation[rank]
     stated = kept.bytes_kept()
     found = sum(tensor.numel() * tensor.element_size() for tensor in kept.kept())

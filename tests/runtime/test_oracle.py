@@ -21,6 +21,7 @@ from .pipelines import (
     oracle_of_parts,
     placed,
     result,
+    run_parts,
 )
 
 
@@ -150,10 +151,7 @@ def test_amdp_with_the_latest_decisions() -> None:
 
 def train_in_parts(rank: int, parts: tuple[int, ...], case: Case) -> dict[str, Any]:
     executor, worker = make_executor(rank, case)
-    for windows in parts:
-        for _ in range(windows):
-            executor.run_window()
-        executor.quiesce()
+    run_parts(executor, parts)
     return {"rank": rank, **result(executor, worker)}
 
 

@@ -18,17 +18,14 @@ from amdp_plugin.runtime.tied import make_tied
 from tests.processes import run_ranks
 
 from .models import OPTIMIZERS, WIDTH, data, shared
-from .pipelines import Case, assert_equals_oracle, make_executor, oracle_of_parts, result
+from .pipelines import Case, assert_equals_oracle, make_executor, oracle_of_parts, result, run_parts
 
 FEEDBACK = ("compensation", "error_feedback")
 
 
 def train(rank: int, case: Case, parts: tuple[int, ...]) -> dict[str, Any]:
     executor, worker = make_executor(rank, case)
-    for windows in parts:
-        for _ in range(windows):
-            executor.run_window()
-        executor.quiesce()
+    run_parts(executor, parts)
     return result(executor, worker)
 
 

@@ -19,7 +19,7 @@ from amdp_plugin.runtime.serial import SerialPipeline
 
 from ..processes import run_ranks
 from .models import OPTIMIZERS, WIDTH, data, loss
-from .pipelines import Case, assert_equals_oracle, make_executor, oracle_of_parts, result
+from .pipelines import Case, assert_equals_oracle, make_executor, oracle_of_parts, result, run_parts
 
 SYNCHRONIZED = (("vertical_sync", True),)
 SHAPES = [
@@ -115,10 +115,7 @@ CASES = [
 
 def train(rank: int, case: Case, parts: tuple[int, ...]) -> dict[str, Any]:
     executor, worker = make_executor(rank, case)
-    for windows in parts:
-        for _ in range(windows):
-            executor.run_window()
-        executor.quiesce()
+    run_parts(executor, parts)
     return {**result(executor, worker), "most": executor.kept.most}
 
 
