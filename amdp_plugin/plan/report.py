@@ -11,7 +11,8 @@ from textwrap import wrap
 from typing import Any
 
 from .action import BACKWARD, UPDATE
-from .decisions import WindowsAgo, check_decisions, windows_ago
+from .collection import uncollected
+from .decisions import WindowsAgo, windows_ago
 from .extrapolation import Extrapolation, planned_extrapolation
 from .laws import PROGRESS, ProgramError
 from .planner import Planner
@@ -175,6 +176,7 @@ class Report:
         return f"{checked}, and {repeat} for ever"
 
 
+@uncollected()
 def report(planner: Planner, windows: int, master_weights: bool = False) -> Report:
     """The figures of ``planner``'s schedule under its costs.
 
@@ -190,8 +192,7 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
     settled = planner.settled_windows()
     first, last = settled.start, settled.stop
     program = planner.program(last)
-    ago = windows_ago(planner)
-    order, breach = _proof(program, ago)
+    order, ago, breach = _proof(planner, program)
     timing = simulate(program, planner.costs, order)
     found = versions(program)
     utilization, seconds = timing.utilization(first, last), timing.seconds_per_window(first, last)
@@ -236,17 +237,17 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
     )
 
 
-def _proof(program: Program, ago: WindowsAgo | None) -> tuple[Sequence[Place] | None, str | None]:
-    """(an order of its actions, ``None``), or (``None``, who waits for whom)."""
+def _proof(
+    planner: Planner, program: Program
+) -> tuple[Sequence[Place] | None, WindowsAgo | None, str | None]:
+    """(an order of its actions, the sums that its updates take, ``None``), or at the end who waits for whom."""
     try:
         order = verify(program)
-        if ago is not None:
-            check_decisions(program, ago)
-        return order, None
+        return order, windows_ago(planner, order), None
     except ProgramError as error:
         if error.law != PROGRESS.number:
             raise
-        return None, str(error)
+        return None, None, str(error)
 
 
 def _gap_by_stage(schedule: Schedule, found: Mapping[tuple[int, int], Version]) -> tuple[int, ...]:
