@@ -71,7 +71,7 @@ class Provision(NamedTuple):
 
     def __str__(self) -> str:
         guests = f"{self.gradient_buffers} guest{'' if self.gradient_buffers == 1 else 's'}"
-        landing = ", and a guest the weights beside those that it uses" if self.landing else ""
+        landing = ", and guests new weights beside those in use" if self.landing else ""
         return f"a home receives the gradients of {guests} at once{landing}"
 
 
