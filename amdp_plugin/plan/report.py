@@ -194,8 +194,8 @@ def report(planner: Planner, windows: int, master_weights: bool = False, on_devi
         on_devices: whether to prove it for GPUs, too, and say what that takes (:mod:`.devices`).
 
     Raises:
-        ProgramError: when the schedule breaks a law, or nothing makes it run on GPUs. Only ranks that wait for each other (law 3) are reported
-            instead, by ``deadlock_free``.
+        ProgramError: when the schedule breaks a law, or nothing makes it run on GPUs. Only ranks that wait for each
+            other (law 3) are reported instead, by ``deadlock_free``.
     """
     schedule, opening = planner.schedule, planner.schedule.opening()
     begins = Planner(opening, planner.costs) if opening else None
