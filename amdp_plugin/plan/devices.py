@@ -1,8 +1,8 @@
 """What a program becomes on devices that receive as NCCL does, and the proof that they never wait for each other.
 
-A send is done only when it is received, and occupies its device until then. What goes from one rank to another goes
-through one stream, in the order of issue. Streams share hardware queues: nothing in a queue starts before all that was
-issued to it earlier has started. A host may wait for its whole device after any action, for reasons of its own.
+A send is done only when it is received, and occupies its device until then. What goes over one link goes through one
+stream of the device, in the order of issue. Streams share hardware queues: nothing in a queue starts before all that
+was issued to it earlier has started. A host may wait for its whole device after any action, for reasons of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .laws import PROGRESS, ProgramError
+from .messages import Link, Message, messages
 from .planner import Planner
-from .postings import Message, Postings, messages, next_guest
+from .postings import Postings, next_guest
 from .program import Row
 from .schedule import Schedule
 
@@ -27,8 +28,6 @@ PROVEN_WINDOWS = 4
 """Windows that are proven, at most, from the first of those that repeat on; and those before."""
 RECEIVE_BUFFERS = 2
 """Guests of a stage whose gradients its home receives at once where nothing ever waits for a whole device."""
-STREAMS = {FORWARD: "pipeline", BACKWARD: "pipeline", REDUCE: "gradients", UPDATE: "weights"}
-"""Between two ranks, messages for these kinds of action share a stream each way."""
 
 
 class Operation(NamedTuple):
@@ -277,18 +276,17 @@ class _Queues:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.latest: dict[tuple[int, int, str] | None, Operation] = {}
-        self.queue_of: dict[tuple[int, int, str] | None, int] = {None: 0}
+        self.latest: dict[Link | None, Operation] = {}
+        self.queue_of: dict[Link | None, int] = {None: 0}
         self.latest_in: dict[int, Operation] = {}
 
     def before(self, operation: Operation) -> Iterator[_Instant]:
         """What ``operation``, issued next, comes after: the end of the one before it in its stream, and the start of
         the one before it in its queue."""
-        what = operation.what
-        stream = None if isinstance(what, Action) else (what.sender, what.receiver, STREAMS[what.action.kind])
-        queue = self.queue_of.setdefault(stream, len(self.queue_of) % self.number)
-        if stream in self.latest:
-            yield _Instant(self.latest[stream], True)
+        link = None if isinstance(operation.what, Action) else operation.what.link
+        queue = self.queue_of.setdefault(link, len(self.queue_of) % self.number)
+        if link in self.latest:
+            yield _Instant(self.latest[link], True)
         if queue in self.latest_in:
             yield _Instant(self.latest_in[queue], False)
-        self.latest[stream] = self.latest_in[queue] = operation
+        self.latest[link] = self.latest_in[queue] = operation

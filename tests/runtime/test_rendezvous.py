@@ -9,12 +9,13 @@ import pytest
 from torch import Tensor
 
 from amdp_plugin.plan.devices import gradient_buffers
+from amdp_plugin.plan.messages import Link
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.postings import Postings
 
 from ..processes import run_ranks
 from .models import data
-from .pipelines import Case, Links, assert_equals_oracle, make_executor, oracle_of_parts, result
+from .pipelines import Case, assert_equals_oracle, make_executor, oracle_of_parts, result
 from .rendezvous import RendezvousTransport
 
 CASES = [
@@ -47,8 +48,8 @@ def train(rank: int, case: Case, buffers: int, timeout_seconds: float = 60) -> d
     """Windows in several parts, with nothing in flight between them; before the third, shapes are forgotten."""
     transports: list[RendezvousTransport] = []
 
-    def transport(links: Links) -> RendezvousTransport:
-        transports.append(RendezvousTransport(range(case.stages), timeout_seconds))
+    def transport(links: set[Link]) -> RendezvousTransport:
+        transports.append(RendezvousTransport(range(case.stages), links, timeout_seconds))
         _made.append(transports[-1])
         return transports[-1]
 
