@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -138,6 +140,37 @@ def run_parts(executor: Executor, parts: Iterable[int]) -> None:
         for _ in range(windows):
             executor.run_window()
         executor.quiesce()
+
+
+class Parts:
+    """An iterator that ends at the end of each part, and goes on when the job takes up the next."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = list(parts)
+
+    def __iter__(self) -> Parts:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.parts[0])
+
+    @classmethod
+    def of(cls, counts: Iterable[int]) -> Parts:
+        """:func:`placed`, in parts of so many micro-batches."""
+        ends = [0, *accumulate(counts)]
+        return cls(*(islice(placed(), first, last) for first, last in pairwise(ends)))
+
+
+def run_to_the_ends(executor: Executor, feed: Parts) -> list[int]:
+    """Run all parts of its data; returns the windows at which it found their ends."""
+    windows = []
+    while feed.parts:
+        with pytest.raises(StopIteration, match="the data ends before"):
+            while True:
+                executor.run_window()
+        windows.append(executor.window)
+        feed.parts.pop(0)
+    return windows
 
 
 def make_oracle(case: Case) -> SerialPipeline:
