@@ -118,6 +118,11 @@ class Rendezvous:
 
         executor.execute = executing  # type: ignore[method-assign]
 
+    def take(self) -> list[Given]:
+        """What was begun since the last time."""
+        taken, self.given = self.given, []
+        return taken
+
     def retained(self) -> Counter[End]:
         """Tensors that are sent and that somebody still holds, at every end of a link."""
         return Counter(each.end for each in self.under_way if each.end.sends)
