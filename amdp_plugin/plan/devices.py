@@ -1,8 +1,8 @@
 """What a program becomes on devices that receive as NCCL does, and the proof that they never wait for each other.
 
-A send is done only when it is received, and occupies its device until then. What goes from one rank to another goes
-through one stream, in the order of issue. Streams share hardware queues: nothing in a queue starts before all that was
-issued to it earlier has started. A host may wait for its whole device after any action, for reasons of its own.
+A send is done only when it is received, and occupies its device until then. What goes over one link goes through one
+stream of the device, in the order of issue. Streams share hardware queues: nothing in a queue starts before all that
+was issued to it earlier has started. A host may wait for its whole device after any action, for reasons of its own.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import permutations
 from typing import NamedTuple
 
-from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
+from .action import Action
 from .collection import uncollected
 from .issuing import Operation, Step, steps
 from .laws import PROGRESS, ProgramError
+from .messages import Link, Message
 from .planner import Planner
-from .postings import Message
 
 HOST_AHEAD = 2
 """Actions that a host may have issued, at most, and its device not finished: when it issues one, the one so many before
@@ -28,8 +28,6 @@ PROVEN_WINDOWS = 4
 """Windows that are proven, at most, from the first of those that repeat on; and those before."""
 RECEIVE_BUFFERS = 2
 """Guests of a stage whose gradients its home receives at once where nothing ever waits for a whole device."""
-STREAMS = {FORWARD: "pipeline", BACKWARD: "pipeline", REDUCE: "gradients", UPDATE: "weights"}
-"""Between two ranks, messages for these kinds of action share a stream each way."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +197,10 @@ class _Host:
         """What the host has waited for."""
         self.ends: dict[Operation, int] = {}
         """Of what it has not: that of every operation."""
-        self.last_ends: dict[object, int] = {}
+        self.last_ends: dict[Link | None, int] = {}
         self.last_starts: dict[int, int] = {}
         """Likewise, of the last operation in every stream, and in every queue."""
-        self.queue_of: dict[object, int] = {None: 0}
+        self.queue_of: dict[Link | None, int] = {None: 0}
 
     def run(self, of_rank: Sequence[Step]) -> Iterator[tuple[Message, _Side]]:
         """Issue everything. Yields the messages."""
@@ -222,16 +220,16 @@ class _Host:
 
     def _issue(self, operation: Operation, after: Iterable[Operation]) -> _Side:
         what, instants = operation.what, self.instants
-        stream = None if isinstance(what, Action) else (what.sender, what.receiver, STREAMS[what.action.kind])
-        queue = self.queue_of.setdefault(stream, len(self.queue_of) % self.device.queues)
+        link = None if isinstance(what, Action) else what.link
+        queue = self.queue_of.setdefault(link, len(self.queue_of) % self.device.queues)
         causes = self.goes_on | {self.ends[other] for other in after if other in self.ends}
-        if stream in self.last_ends:
-            causes.add(self.last_ends[stream])
+        if link in self.last_ends:
+            causes.add(self.last_ends[link])
         if queue in self.last_starts:
             causes.add(self.last_starts[queue])
         start = instants.as_soon_as(causes, (operation, "starts"))
         end = start if isinstance(what, Action) else instants.new((operation, "ends"), start)
-        self.ends[operation] = self.last_ends[stream] = end
+        self.ends[operation] = self.last_ends[link] = end
         self.last_starts[queue] = start
         return _Side(start, end)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
-from .postings import Message, Postings, messages, next_guest
+from .messages import Message, messages
+from .postings import Postings, next_guest
 from .program import Row
 from .schedule import Schedule
 

@@ -17,21 +17,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from graphlib import TopologicalSorter
-from typing import NamedTuple
 
-from .action import REDUCE, UPDATE, Action
+from .action import UPDATE, Action
 from .costs import CostModel
+from .messages import Message, messages
 from .program import Row
 from .schedule import Place, Schedule
-
-
-class Message(NamedTuple):
-    """From one rank to another, named by the action of the receiver that needs it."""
-
-    sender: int
-    receiver: int
-    action: Action
-
 
 Postings = Mapping[Action | None, tuple[Message, ...]]
 """Of one rank and window: after which of its actions it begins to receive what; ``None`` at the opening."""
@@ -98,19 +89,6 @@ def shifted(begun: Postings, windows: int, micro_batches: int) -> Postings:
         )
         for after, received in begun.items()
     }
-
-
-def messages(schedule: Schedule, rank: int, action: Action) -> Iterator[Message]:
-    """What ``rank`` sends when it has done ``action``."""
-    sent = schedule.message(rank, action)
-    if sent is not None:
-        yield Message(rank, *sent)
-    if action.kind in (REDUCE, UPDATE):
-        home, *guests = schedule.sharing.holders[action.stage]
-        if action.kind == UPDATE and rank == home:
-            yield from (Message(home, guest, action) for guest in guests)
-        elif action.kind == REDUCE and rank != home:
-            yield Message(rank, home, action)
 
 
 def _in_turn(schedule: Schedule, window: Sequence[Row], costs: CostModel) -> list[Place]:

@@ -24,7 +24,7 @@ from ..plan.postings import next_guest
 from ..plan.schedule import Schedule
 from .replica import Home
 from .tied import Replicas, TiedGuest, tied_guests
-from .transport import GRADIENT_TAG, WEIGHT_TAG, Incoming, Transport
+from .transport import Incoming, Transport
 from .watch import Waitable, Watch
 
 
@@ -45,25 +45,13 @@ class _Sent(NamedTuple):
     tensor: Tensor
 
 
-def weight_links(schedule: Schedule) -> set[tuple[int, int]]:
-    """The directed pairs (home, guest) of ranks over which new weights go."""
-    return {(home, guest) for home, *guests in schedule.sharing.holders for guest in guests}
-
-
-def gradient_links(schedule: Schedule) -> set[tuple[int, int]]:
-    """The directed pairs (guest, home) of ranks over which gradients go."""
-    return {(guest, home) for home, guest in weight_links(schedule)}
-
-
 class Exchange:
     """One rank's side.
 
     Args:
         schedule: tells who holds what.
         replicas: the stages and tied weights on this rank that others hold too.
-        gradients: messages over :func:`gradient_links` alone. Two ranks may be guests of each other, and NCCL has no
-            tags: gradients one way and weights the same way must not share a communicator.
-        weights: messages over :func:`weight_links` alone.
+        transport: the raw messages.
         watch: bounds and records the waits.
         gradient_buffers: guests of a stage whose gradients its home receives at once.
     """
@@ -72,14 +60,12 @@ class Exchange:
         self,
         schedule: Schedule,
         replicas: Replicas,
-        gradients: Transport,
-        weights: Transport,
+        transport: Transport,
         watch: Watch,
         gradient_buffers: int = RECEIVE_BUFFERS,
     ) -> None:
         self._holders, self._is_tied = schedule.sharing.holders, schedule.sharing.is_tied
-        self._replicas, self._watch = replicas, watch
-        self._transports = {GRADIENT_TAG: gradients, WEIGHT_TAG: weights}
+        self._replicas, self._transport, self._watch = replicas, transport, watch
         self._homes = {stage: replica for stage, replica in replicas.items() if isinstance(replica, Home)}
         self._free = {
             stage: [home.gradient_buffers() for _ in range(min(gradient_buffers, len(self._holders[stage]) - 1))]
@@ -105,7 +91,7 @@ class Exchange:
         """Begin to receive what ``action`` takes: at home the gradients of the guest ``sender``, as soon as there is a
         buffer; on a guest the new weights, so that nothing may use a stage before :meth:`settle`."""
         if action.kind == REDUCE:
-            self._begun[action.stage][sender] = self._transports[GRADIENT_TAG].direct
+            self._begun[action.stage][sender] = self._transport.direct
             self._receive_gradients(action, self._holders[action.stage][1:])
         else:
             self._receive_weights(action)
@@ -114,7 +100,7 @@ class Exchange:
         """On a guest, send the window's gradients home; at home, add those of the guests, one after the other."""
         replica = self._replicas[action.stage]
         if not isinstance(replica, Home):
-            self._send(action, replica.outgoing(), self._holders[action.stage][:1], GRADIENT_TAG)
+            self._send(action, replica.outgoing(), self._holders[action.stage][:1])
             return
         guests = self._holders[action.stage][1:]
         for added, guest in enumerate(guests, start=1):
@@ -128,7 +114,7 @@ class Exchange:
     def send_weights(self, action: Action) -> None:
         """At home, after the step: start to send the new weights to the guests."""
         self._reap(action.stage)
-        self._send(action, self._homes[action.stage].weights(), self._holders[action.stage][1:], WEIGHT_TAG)
+        self._send(action, self._homes[action.stage].weights(), self._holders[action.stage][1:])
 
     def pass_on(self, action: Action) -> None:
         """Of a tied weight: at home, after its stage's step, start to send it; on a guest, take the value."""
@@ -141,7 +127,7 @@ class Exchange:
         replica, home = self._replicas[action.stage], self._holders[action.stage][0]
         assert not isinstance(replica, Home)
         with self._watch.guard("receiving", action, home):
-            incoming = [self._receive(flat, home, WEIGHT_TAG) for flat in replica.incoming()]
+            incoming = [self._receive(flat, home, action) for flat in replica.incoming()]
         self._arriving.setdefault(action.stage, deque()).append(_Arriving(action, incoming))
 
     def settle(self, stage: int) -> None:
@@ -162,8 +148,7 @@ class Exchange:
 
     def go_direct(self) -> None:
         """A window is over in which all kernels were loaded: see :class:`.Transport`."""
-        for transport in self._transports.values():
-            transport.direct = True
+        self._transport.direct = True
 
     def drain(self) -> None:
         """See all messages through."""
@@ -182,10 +167,10 @@ class Exchange:
             home, *guests = self._holders[stage]
             action, tensors = Action(stage, UPDATE, 0), _all_tensors(module)
             if stage in self._homes:
-                self._send(action, tensors, guests, WEIGHT_TAG)
+                self._send(action, tensors, guests)
                 continue
             for tensor in tensors:
-                incoming = self._receive(torch.empty_like(tensor), home, WEIGHT_TAG)
+                incoming = self._receive(torch.empty_like(tensor), home, action)
                 self._wait([incoming], action, home)
                 tensor.copy_(incoming.finish())
         for guest in tied_guests(self._replicas):
@@ -219,9 +204,9 @@ class Exchange:
         home, *guests = self._holders[unit]
         action, copies = Action(unit, UPDATE, 0), [tensor.clone() for tensor in tensors]
         if unit in self._homes:
-            self._send(action, copies, guests, WEIGHT_TAG)
+            self._send(action, copies, guests)
             return copies
-        incoming = [self._receive(copy, home, WEIGHT_TAG) for copy in copies]
+        incoming = [self._receive(copy, home, action) for copy in copies]
         self._wait(incoming, action, home)
         return [message.finish() for message in incoming]
 
@@ -232,19 +217,19 @@ class Exchange:
             direct = begun.pop(guest)
             buffers = free.pop()
             with self._watch.guard("receiving", action, guest):
-                incoming = [self._receive(buffer, guest, GRADIENT_TAG, direct) for buffer in buffers]
+                incoming = [self._receive(buffer, guest, action, direct) for buffer in buffers]
             receiving[guest] = _Receiving(buffers, incoming)
 
-    def _send(self, action: Action, tensors: Iterable[Tensor], receivers: Iterable[int], tag: int) -> None:
+    def _send(self, action: Action, tensors: Iterable[Tensor], receivers: Iterable[int]) -> None:
         tensors, kept = list(tensors), self._sent.setdefault(action.stage, [])
         for receiver in receivers:
             with self._watch.guard("sending", action, receiver):
                 for tensor in tensors:
-                    kept.append(_Sent(action, receiver, *self._transports[tag].send(tensor, receiver, tag)))
+                    kept.append(_Sent(action, receiver, *self._transport.send(tensor, receiver, action.kind)))
 
-    def _receive(self, target: Tensor, sender: int, tag: int, direct: bool | None = None) -> Incoming:
-        transport = self._transports[tag]
-        return transport.receive(target, sender, tag, transport.direct if direct is None else direct)
+    def _receive(self, target: Tensor, sender: int, action: Action, direct: bool | None = None) -> Incoming:
+        direct = self._transport.direct if direct is None else direct
+        return self._transport.receive(target, sender, action.kind, direct)
 
     def _wait(self, incoming: Iterable[Incoming], action: Action, sender: int) -> None:
         for message in incoming:

@@ -1,4 +1,4 @@
-"""Runs one rank's program, window after window, against a small worker interface."""
+"""Runs one rank's program, window after window: says when its worker does what."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .extrapolation import ExtrapolatedWeights
 from .kept_weights import KeptWeights
 from .timeline import Timeline
 from .watch import Watch
-from .work import Worker
+from .worker import StagesWorker
 
 
 class Executor:
@@ -38,7 +38,7 @@ class Executor:
         self,
         planner: Planner,
         rank: int,
-        worker: Worker,
+        worker: StagesWorker,
         channels: Channels | None,
         watch: Watch,
         exchange: Exchange | None = None,

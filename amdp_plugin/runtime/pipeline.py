@@ -21,7 +21,7 @@ from ..plan.action import Action
 from ..plan.costs import CostModel
 from ..plan.decisions import windows_ago
 from ..plan.devices import RECEIVE_BUFFERS, gradient_buffers
-from ..plan.placement import Placement
+from ..plan.messages import Stream, links
 from ..plan.planner import Planner
 from ..plan.report import Report, report
 from ..plan.schedule import Schedule
@@ -30,7 +30,7 @@ from .agreement import plan_together
 from .channels import Channels, keep_sent
 from .decisions import Decisions
 from .device import device_of
-from .exchange import Exchange, gradient_links, weight_links
+from .exchange import Exchange
 from .executor import Executor
 from .extrapolation import ExtrapolatedWeights
 from .feed import Feed
@@ -161,8 +161,7 @@ class Pipeline:
         )
         self.replicas, self._replicated = replicas, modules
         if self.schedule.reduces or self.schedule.tied:
-            gradients = self._make_transport(gradient_links(self.schedule))
-            weights = self._make_transport(weight_links(self.schedule))
+            transport = self._make_transport(Stream.GRADIENTS, Stream.WEIGHTS)
             # Elsewhere no message occupies a device, and nothing ever waits for the whole of one.
             programs = [planner for planner in (self._planner, self._opening) if planner is not None]
             on_device = self.site.device.type == "cuda"
@@ -171,7 +170,7 @@ class Pipeline:
                 if isinstance(replica, TiedGuest):
                     taken = [buffers(each, self.site.rank, unit, each.settled_windows()) for each in programs]
                     replica.provide(*map(max, zip(*taken, strict=True)))
-            self.exchange = Exchange(self.schedule, replicas, gradients, weights, self.watch, received)
+            self.exchange = Exchange(self.schedule, replicas, transport, self.watch, received)
         self.copy_home()
 
     def start(self, worker: StagesWorker, window: int, modules: Iterable[nn.Module]) -> None:
@@ -188,7 +187,7 @@ class Pipeline:
         if self.channels is not None:
             self.channels.keep_sent = keep_sent(schedule)
         elif schedule.num_ranks > 1:
-            transport = self._make_transport(stage_links(schedule.placement))
+            transport = self._make_transport(Stream.PIPELINE)
             site = self.site
             self.channels = Channels(
                 transport, self.watch, keep_sent(schedule), site.dynamic_shapes, site.shapes_hint
@@ -339,25 +338,22 @@ class Pipeline:
             return found, None
         return found, plan_together(opening, self._costs, self.site.group, self.site.device)
 
-    def _make_transport(self, pairs: Iterable[tuple[int, int]]) -> Transport:
+    def _make_transport(self, *streams: Stream) -> Transport:
+        """Of these alone: over gloo, a large gradient would hold up activations on the same connection."""
         site = self.site
         channels = MAX_CHANNELS
         if site.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(site.device).multi_processor_count
             channels = channels_of_a_message(multiprocessors, most_links(self.schedule))
-        self._transports.append(Transport(site.ranks, pairs, site.device, site.timeout_seconds, channels))
+        chosen = links(self.schedule, *streams)
+        self._transports.append(Transport(site.ranks, chosen, site.device, site.timeout_seconds, channels))
         return self._transports[-1]
-
-
-def stage_links(placement: Placement) -> list[tuple[int, int]]:
-    """The directed pairs of ranks over which activations and their gradients go."""
-    return [(rank, peer) for rank, peers in enumerate(placement.neighbours) for peer in peers]
 
 
 def most_links(schedule: Schedule) -> int:
     """The links of the rank that has most: each can have one message under way on the rank's device."""
-    links = [*stage_links(schedule.placement), *gradient_links(schedule), *weight_links(schedule)]
-    return max(Counter(rank for link in links for rank in link).values(), default=0)
+    ends = (rank for link in links(schedule, *Stream) for rank in (link.sender, link.receiver))
+    return max(Counter(ends).values(), default=0)
 
 
 def _close(reference: weakref.ref[Pipeline]) -> None:

@@ -14,8 +14,9 @@ from amdp_plugin.plan.action import REDUCE, UPDATE
 from amdp_plugin.plan.devices import Device, DeviceDeadlock, Provision, check, gradient_buffers, provide
 from amdp_plugin.plan.issuing import steps
 from amdp_plugin.plan.laws import ProgramError
+from amdp_plugin.plan.messages import Message, messages
 from amdp_plugin.plan.planner import Planner
-from amdp_plugin.plan.postings import Message, Postings, messages, next_guest
+from amdp_plugin.plan.postings import Postings, next_guest
 from amdp_plugin.plan.schedules import make
 
 WINDOWS = 4
