@@ -26,8 +26,6 @@ HOST_AHEAD = 2
 it is done."""
 PROVEN_WINDOWS = 4
 """Windows that are proven, at most, from the first of those that repeat on; and those before."""
-RECEIVE_BUFFERS = 2
-"""Guests of a stage whose gradients its home receives at once where nothing ever waits for a whole device."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,10 @@ class Provision(NamedTuple):
         guests = f"{self.gradient_buffers} guest{'' if self.gradient_buffers == 1 else 's'}"
         landing = ", and guests new weights beside those in use" if self.landing else ""
         return f"a home receives the gradients of {guests} at once{landing}"
+
+
+ON_HOSTS = Provision(gradient_buffers=2, landing=False)
+"""Where no message occupies a device, and nothing ever waits for the whole of one."""
 
 
 @uncollected()

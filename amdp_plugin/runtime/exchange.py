@@ -1,8 +1,9 @@
 """What the replicas of a stage exchange: gradients to its home, weights back.
 
 Every action starts its messages and goes on. The home receives into buffers of its own, used again and again; a
-guest receives straight into its weights, and waits for them only before it uses the stage again. When either begins,
-the plan says. Sums are taken in one order, home first, so that they do not depend on who is late.
+guest receives straight into its weights, unless it may use them meanwhile, and waits for them only before it uses the
+stage again. When either begins, the plan says. Sums are taken in one order, home first, so that they do not depend on
+who is late.
 
 A weight that several stages share is exchanged likewise, but that its guests send and receive in memory of their own,
 of several windows at once where windows are short, and take the oldest value when the program says so.
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.action import REDUCE, UPDATE, Action
-from ..plan.devices import RECEIVE_BUFFERS
+from ..plan.devices import Provision
 from ..plan.postings import next_guest
 from ..plan.schedule import Schedule
-from .replica import Home
+from .replica import Guest, Home
 from .tied import Replicas, TiedGuest, tied_guests
 from .transport import Incoming, Transport
 from .watch import Waitable, Watch
@@ -53,43 +54,51 @@ class Exchange:
         replicas: the stages and tied weights on this rank that others hold too.
         transport: the raw messages.
         watch: bounds and records the waits.
-        gradient_buffers: guests of a stage whose gradients its home receives at once.
+
+    Attributes:
+        landing: as in :class:`.Provision`, of which :meth:`provide` tells before the first window.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        replicas: Replicas,
-        transport: Transport,
-        watch: Watch,
-        gradient_buffers: int = RECEIVE_BUFFERS,
-    ) -> None:
+    def __init__(self, schedule: Schedule, replicas: Replicas, transport: Transport, watch: Watch) -> None:
         self._holders, self._is_tied = schedule.sharing.holders, schedule.sharing.is_tied
         self._replicas, self._transport, self._watch = replicas, transport, watch
         self._homes = {stage: replica for stage, replica in replicas.items() if isinstance(replica, Home)}
-        self._free = {
-            stage: [home.gradient_buffers() for _ in range(min(gradient_buffers, len(self._holders[stage]) - 1))]
-            for stage, home in self._homes.items()
-        }
-        self._kept = [buffer for free in self._free.values() for buffers in free for buffer in buffers]
+        self._free: dict[int, list[list[Tensor]]] = {stage: [] for stage in self._homes}
+        self._kept: list[Tensor] = []
         self._begun: dict[int, dict[int, bool]] = {stage: {} for stage in self._homes}
         """Guests whose gradients may be received, and whether they come directly (:attr:`.Transport.direct`)."""
         self._receiving: dict[int, dict[int, _Receiving]] = {stage: {} for stage in self._homes}
         self._arriving: dict[int, deque[_Arriving]] = {}
         """Of every guest, the values that are received, in the order in which they come."""
         self._sent: dict[int, list[_Sent]] = {}
+        self.landing = False
+
+    def provide(self, provision: Provision) -> None:
+        """Take the memory for what is received; nothing may be in flight."""
+        self.landing = provision.landing
+        for stage, free in self._free.items():
+            while len(free) < min(provision.gradient_buffers, len(self._holders[stage]) - 1):
+                free.append(self._homes[stage].gradient_buffers())
+                self._kept += free[-1]
+        for guest in self._guests():
+            guest.land(self.landing)
 
     def buffers(self) -> Iterator[Tensor]:
         """The memory that exchanging takes on this rank, beside the replicas' own."""
         yield from self._kept
         for home in self._homes.values():
             yield from home.send_buffers
-        for guest in tied_guests(self._replicas):
-            yield from guest.buffers()
+        for guest in self._guests():
+            yield from guest.landing
+        for tied in tied_guests(self._replicas):
+            yield from tied.buffers()
+
+    def _guests(self) -> list[Guest]:
+        return [replica for replica in self._replicas.values() if isinstance(replica, Guest)]
 
     def receive(self, sender: int, action: Action) -> None:
         """Begin to receive what ``action`` takes: at home the gradients of the guest ``sender``, as soon as there is a
-        buffer; on a guest the new weights, so that nothing may use a stage before :meth:`settle`."""
+        buffer; on a guest the new weights, which it uses from :meth:`settle` on."""
         if action.kind == REDUCE:
             self._begun[action.stage][sender] = self._transport.direct
             self._receive_gradients(action, self._holders[action.stage][1:])
@@ -130,9 +139,10 @@ class Exchange:
             incoming = [self._receive(flat, home, action) for flat in replica.incoming()]
         self._arriving.setdefault(action.stage, deque()).append(_Arriving(action, incoming))
 
-    def settle(self, stage: int) -> None:
-        """Wait until the weights of ``stage`` are there, if they are on their way."""
-        while self._arriving.get(stage):
+    def settle(self, stage: int, updates: float = inf) -> None:
+        """Wait until ``stage`` has the weights that so many updates made, if they are on their way."""
+        arriving = self._arriving.get(stage)
+        while arriving and arriving[0].action.index < updates:
             self._take(stage)
 
     def _take(self, stage: int) -> None:

@@ -191,7 +191,8 @@ class Executor:
 
     def _look_up_postings(self) -> None:
         """Look up when this rank begins to receive what the others send to it in this window."""
-        begun = self._running.postings(self.window - self._base, self.rank)
+        landing = self._exchange is not None and self._exchange.landing
+        begun = self._running.postings(self.window - self._base, self.rank, landing)
         self._postings = shifted(begun, self._base, self.schedule.micro_batches)
         actions = [message.action for messages in self._postings.values() for message in messages]
         headers = [self._window_and_direction(action) for action in actions if self._opens_window(action)]
@@ -360,7 +361,7 @@ class Executor:
 
     def _settle(self, stage: int) -> None:
         if self._exchange is not None:
-            self._exchange.settle(stage)
+            self._exchange.settle(stage, self.versions[stage])
 
     def _take_snapshot(self, action: Action, window: int, direction: int) -> None:
         """Before a direction's first forward for a window that has not begun: what :meth:`quiesce` would return to."""

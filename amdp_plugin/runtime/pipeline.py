@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..plan.action import Action
 from ..plan.costs import CostModel
 from ..plan.decisions import windows_ago
-from ..plan.devices import RECEIVE_BUFFERS, gradient_buffers
+from ..plan.devices import ON_HOSTS
 from ..plan.messages import Stream, links
 from ..plan.planner import Planner
 from ..plan.report import Report, report
@@ -162,15 +162,7 @@ class Pipeline:
         self.replicas, self._replicated = replicas, modules
         if self.schedule.reduces or self.schedule.tied:
             transport = self._make_transport(Stream.GRADIENTS, Stream.WEIGHTS)
-            # Elsewhere no message occupies a device, and nothing ever waits for the whole of one.
-            programs = [planner for planner in (self._planner, self._opening) if planner is not None]
-            on_device = self.site.device.type == "cuda"
-            received = max(map(gradient_buffers, programs)) if on_device else RECEIVE_BUFFERS
-            for unit, replica in replicas.items():
-                if isinstance(replica, TiedGuest):
-                    taken = [buffers(each, self.site.rank, unit, each.settled_windows()) for each in programs]
-                    replica.provide(*map(max, zip(*taken, strict=True)))
-            self.exchange = Exchange(self.schedule, replicas, transport, self.watch, received)
+            self.exchange = Exchange(self.schedule, replicas, transport, self.watch)
         self.copy_home()
 
     def start(self, worker: StagesWorker, window: int, modules: Iterable[nn.Module]) -> None:
@@ -181,7 +173,11 @@ class Pipeline:
         """
         self._unchecked, self._worker = tuple(modules), worker
         schedule = self.schedule
-        self.planned = report(self._planner, windows=1, master_weights=self.feedback.has_masters)
+        on_device = self.site.device.type == "cuda"
+        self.planned = report(self._planner, 1, self.feedback.has_masters, on_device)
+        if self.exchange is not None:
+            self.exchange.provide(self.planned.provision or ON_HOSTS)
+            self._provide_tied()
         self.feedback.begin(self.planned.coefficient)
         self.extrapolation.begin(self.planned.extrapolation)
         if self.channels is not None:
@@ -201,6 +197,13 @@ class Pipeline:
             self.decisions, self.extrapolation,
         )  # fmt: skip
         self.executor.restart(window)
+
+    def _provide_tied(self) -> None:
+        programs = [planner for planner in (self._planner, self._opening) if planner is not None]
+        for unit, replica in self.replicas.items():
+            if isinstance(replica, TiedGuest):
+                taken = [buffers(each, self.site.rank, unit, each.settled_windows()) for each in programs]
+                replica.provide(*map(max, zip(*taken, strict=True)))
 
     def replan(self, schedule: Schedule) -> None:
         """Take ``schedule``, with windows of another size, for the next :meth:`start`; nothing may be in flight."""

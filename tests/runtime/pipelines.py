@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.decisions import windows_ago
-from amdp_plugin.plan.devices import RECEIVE_BUFFERS
+from amdp_plugin.plan.devices import ON_HOSTS, Provision
 from amdp_plugin.plan.extrapolation import planned_extrapolation
 from amdp_plugin.plan.messages import Link, Stream, links
 from amdp_plugin.plan.planner import Planner
@@ -89,7 +89,7 @@ def make_executor(
     feed: Iterator[Any] | None = None,
     timeout_seconds: float = 30,
     make_transport: Callable[[set[Link]], Transport] | None = None,
-    gradient_buffers: int = RECEIVE_BUFFERS,
+    provision: Provision = ON_HOSTS,
 ) -> tuple[Executor, PlainWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
 
@@ -118,7 +118,8 @@ def make_executor(
     exchange = None
     if schedule.reduces or schedule.tied:
         exchanged = make_transport(links(schedule, Stream.GRADIENTS, Stream.WEIGHTS))
-        exchange = Exchange(schedule, worker.replicas, exchanged, watch, gradient_buffers)
+        exchange = Exchange(schedule, worker.replicas, exchanged, watch)
+        exchange.provide(provision)
     torch.manual_seed(100 + rank)
     opening = schedule.opening()
     first = Planner(opening, case.costs()) if opening else None

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from amdp_plugin.plan.action import Action
-from amdp_plugin.plan.devices import gradient_buffers, steps
+from amdp_plugin.plan.devices import Provision, provide
+from amdp_plugin.plan.issuing import steps
 from amdp_plugin.plan.messages import Stream
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.tied import buffers
@@ -28,6 +29,7 @@ CASES = [
     Case("chimera", 4, 4),
     Case("amdp", 4, 8),
     Case("amdp", 8, 8),
+    Case("amdp", 6, 12),
 ]
 """With one tensor a message."""
 TUPLES = Case("paci", 3, 4, "tuples")
@@ -46,9 +48,9 @@ def planned(case: Case) -> Planner:
     return Planner(case.make(), case.costs())
 
 
-def record(rank: int, case: Case, gradients: int) -> list[Steps]:
+def record(rank: int, case: Case, provided: Provision) -> list[Steps]:
     rendezvous, found = Rendezvous(case.stages), []
-    executor, _ = make_executor(rank, case, None, 60, rendezvous.transport, gradients)
+    executor, _ = make_executor(rank, case, None, 60, rendezvous.transport, provided)
     for windows in PARTS:
         part = []
         for _ in range(windows):
@@ -64,7 +66,7 @@ def record(rank: int, case: Case, gradients: int) -> list[Steps]:
     return found
 
 
-def proven(planner: Planner, windows: int, gradients: int) -> list[Steps]:
+def proven(planner: Planner, windows: int, provided: Provision) -> list[Steps]:
     """Of every rank."""
 
     def of_messages(operations: Iterable[Any]) -> list[Given]:
@@ -74,18 +76,19 @@ def proven(planner: Planner, windows: int, gradients: int) -> list[Steps]:
             for rank, what in sides
         ]
 
+    gradients, landing = provided
     rows = [planner.window(index) for index in range(windows)]
-    posted = [[planner.postings(index, rank) for rank in range(len(row))] for index, row in enumerate(rows)]
+    posted = [[planner.postings(index, rank, landing) for rank in range(len(row))] for index, row in enumerate(rows)]
     return [[of_messages(step) for step in of_rank] for of_rank in steps(planner.schedule, rows, posted, gradients)]
 
 
-def check_begun(case: Case, gradients: int) -> None:
+def check_begun(case: Case, provided: Provision) -> None:
     """Every send and receive, after the action and in the order that the proof is about. In a job's first window,
     which sends no message from device to device, receives wait until shapes are known."""
     planner = planned(case)
-    found = run_ranks(case.stages, record, case, gradients)
+    found = run_ranks(case.stages, record, case, provided)
     for part, windows in enumerate(PARTS):
-        for rank, expected in enumerate(proven(planner, windows, gradients)):
+        for rank, expected in enumerate(proven(planner, windows, provided)):
             begun = found[rank][part]
             first = 0 if part else 1 + len(planner.row(0, rank))
             assert begun[first:] == expected[first:], f"rank {rank}, part {part}"
@@ -95,12 +98,12 @@ def check_begun(case: Case, gradients: int) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_what_is_begun_is_what_was_proven(case: Case) -> None:
-    check_begun(case, gradient_buffers(planned(case)))
+    check_begun(case, provide([planned(case)]))
 
 
 def test_guests_whose_gradients_wait_for_a_buffer_come_in_turn() -> None:
     """A home has three guests and one buffer, which is too little on devices alone."""
-    check_begun(Case("amdp", 8, 8), 1)
+    check_begun(Case("amdp", 8, 8), Provision(1, landing=False))
 
 
 class Kept(NamedTuple):
@@ -114,9 +117,9 @@ class Kept(NamedTuple):
     left: int
 
 
-def observe(rank: int, case: Case, gradients: int) -> Kept:
+def observe(rank: int, case: Case, provided: Provision) -> Kept:
     rendezvous, most, within = Rendezvous(case.stages), Counter[End](), []
-    executor, _ = make_executor(rank, case, None, 60, rendezvous.transport, gradients)
+    executor, _ = make_executor(rank, case, None, 60, rendezvous.transport, provided)
     for windows in PARTS:
         for _ in range(windows):
             seen = len(rendezvous.waited)
@@ -146,7 +149,7 @@ def most_kept(planner: Planner, rank: int, stream: Stream, tensors: int) -> int:
 def test_messages_are_kept_as_long_as_planned_and_all_are_received(case: Case) -> None:
     """Waiting for a send never blocks: it was received before. At the end everything was, in the order of sending."""
     planner, tensors = planned(case), 3 if case == TUPLES else 1
-    found = run_ranks(case.stages, observe, case, gradient_buffers(planner))
+    found = run_ranks(case.stages, observe, case, provide([planner]))
     for rank, kept in enumerate(found):
         for end, number in kept.most.items():
             assert number <= most_kept(planner, rank, end.stream, tensors), f"rank {rank}: {end}"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from amdp_plugin.plan.devices import gradient_buffers
+from amdp_plugin.plan.devices import ON_HOSTS, Provision, provide
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.postings import Postings
 
@@ -35,6 +35,7 @@ CASES = [
     Case("chimera", 4, 4),
     Case("amdp", 4, 8),
     Case("amdp", 8, 8),
+    Case("amdp", 6, 12),
     Case("amdp", 8, 8, options=(("directions", 2),)),
     Case("amdp", 4, 4, optimizer="adamw", options=(FEEDBACK, ("flush_first", 4))),
     Case("1f1b", 3, 4, dynamic_shapes=True),
@@ -77,17 +78,17 @@ def name(case: Case) -> str:
     return "-".join(map(str, [case.schedule, case.stages, case.micro_batches, *chosen]))
 
 
-def buffers(case: Case) -> int:
-    """For gradients of guests, as many as the proof asks for."""
+def provision(case: Case) -> Provision:
+    """What the proof asks for."""
     opening = case.make().opening()
-    return max(gradient_buffers(Planner(each, case.costs())) for each in (case.make(), opening) if each is not None)
+    return provide([Planner(each, case.costs()) for each in (case.make(), opening) if each is not None])
 
 
-def train(rank: int, case: Case, gradients: int, timeout_seconds: float = 60) -> dict[str, Any]:
+def train(rank: int, case: Case, provided: Provision, timeout_seconds: float = 60) -> dict[str, Any]:
     """Windows in several parts, with nothing in flight between them; before the third, shapes are forgotten."""
     rendezvous = Rendezvous(case.stages, timeout_seconds)
     executor, worker = make_executor(
-        rank, case, micro_batches(case), timeout_seconds, rendezvous.transport, gradients
+        rank, case, micro_batches(case), timeout_seconds, rendezvous.transport, provided
     )
     rendezvous.synchronize_after_actions(executor)
     run_parts(executor, PARTS[:2])
@@ -99,13 +100,13 @@ def train(rank: int, case: Case, gradients: int, timeout_seconds: float = 60) ->
 @pytest.mark.parametrize("case", [*CASES, *DECIDED, *TIED], ids=name)
 def test_a_device_may_be_synchronized_after_any_action(case: Case) -> None:
     """No rank waits for ever, and all compute what the oracle says."""
-    found = run_ranks(case.stages, train, case, buffers(case))
+    found = run_ranks(case.stages, train, case, provision(case))
     assert_equals_oracle(found, oracle_of_parts(case, PARTS, micro_batches(case)))
 
 
-def train_to_the_ends(rank: int, case: Case, gradients: int, counts: tuple[int, ...]) -> dict[str, Any]:
+def train_to_the_ends(rank: int, case: Case, provided: Provision, counts: tuple[int, ...]) -> dict[str, Any]:
     rendezvous, feed = Rendezvous(case.stages), Parts.of(counts)
-    executor, worker = make_executor(rank, case, feed, 60, rendezvous.transport, gradients)
+    executor, worker = make_executor(rank, case, feed, 60, rendezvous.transport, provided)
     rendezvous.synchronize_after_actions(executor)
     windows = run_to_the_ends(executor, feed)
     return {**result(executor, worker), "windows": windows}
@@ -122,7 +123,7 @@ ENDING = [
 def test_data_that_ends_between_windows_or_in_one(case: Case, rest: int) -> None:
     """Ranks are ahead of each other then, with messages under way; more data goes on with what was left over."""
     size, rest = case.micro_batches, rest % case.micro_batches
-    found = run_ranks(case.stages, train_to_the_ends, case, buffers(case), (3 * size + rest, size, 2 * size - rest))
+    found = run_ranks(case.stages, train_to_the_ends, case, provision(case), (3 * size + rest, size, 2 * size - rest))
     assert [end["windows"] for end in found] == [[3, 4, 6]] * case.stages
     assert_equals_oracle(found, oracle_of_parts(case, (3, 1, 2)))
 
@@ -130,13 +131,13 @@ def test_data_that_ends_between_windows_or_in_one(case: Case, rest: int) -> None
 def train_receiving_at_once(rank: int, case: Case) -> str:
     planned = Planner.postings
 
-    def at_once(planner: Planner, index: int, of_rank: int) -> Postings:
-        begun = planned(planner, index, of_rank)
+    def at_once(planner: Planner, index: int, of_rank: int, landing: bool) -> Postings:
+        begun = planned(planner, index, of_rank, landing)
         return {None: tuple(message for received in begun.values() for message in received)}
 
     Planner.postings = at_once  # type: ignore[method-assign]
     try:
-        train(rank, case, 1, timeout_seconds=2)
+        train(rank, case, ON_HOSTS, timeout_seconds=2)
     except RuntimeError as error:
         return str(error)
     return ""
