@@ -61,7 +61,7 @@ DECIDED = [
     )
 ]
 TIED = [Case("paci", 4, 1, tied=((0, 3),)), Case("paci", 4, 4, tied=((0, 3), (1, 2)))]
-PARTS = (2, 1, 3)
+PARTS = (2, 1, 4)
 """Windows with nothing in flight between them; where there is an opening, it ends within the third part."""
 
 
