@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from amdp_plugin.runtime.executor import Executor
 from amdp_plugin.runtime.feedback import ErrorFeedback
 from amdp_plugin.runtime.pipeline import stage_links
 from amdp_plugin.runtime.plain import PlainWorker
+from amdp_plugin.runtime.random_streams import Generators
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.runtime.tied import tied_guests
 from amdp_plugin.runtime.transport import Transport
@@ -92,6 +93,7 @@ def make_executor(
     timeout_seconds: float = 30,
     make_transport: Callable[[Links], Transport] | None = None,
     gradient_buffers: int = RECEIVE_BUFFERS,
+    generators: Generators | None = None,
 ) -> tuple[Executor, PlainWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
 
@@ -114,8 +116,9 @@ def make_executor(
     micro_batches = (placed(case.dtype) if feed is None else feed) if reads else None
     tied = [shared(modules[rank]) if rank in stages else None for stages in case.tied]
     worker = PlainWorker(
-        schedule, rank, modules, optimizers, loss, micro_batches, planned_coefficient(planner), case.clipping, tied
-    )
+        schedule, rank, modules, optimizers, loss, micro_batches, planned_coefficient(planner), case.clipping, tied,
+        generators,
+    )  # fmt: skip
     exchange = None
     if schedule.reduces or schedule.tied:
         gradients, weights = make_transport(gradient_links(schedule)), make_transport(weight_links(schedule))
@@ -143,7 +146,7 @@ def run_parts(executor: Executor, parts: Iterable[int]) -> None:
         executor.quiesce()
 
 
-def make_oracle(case: Case) -> SerialPipeline:
+def make_oracle(case: Case, generators: Generators | None = None) -> SerialPipeline:
     """The same job in one process."""
     stages = [stage.to(devices.device()) for stage in case.build()]
     return SerialPipeline(
@@ -156,6 +159,7 @@ def make_oracle(case: Case) -> SerialPipeline:
         measure=squares,
         decide=partial(clip, case.clipping),
         tied=[[(stage, shared(stages[stage])) for stage in weight] for weight in case.tied],
+        generators=generators,
     )
 
 
@@ -229,7 +233,13 @@ def assert_equals_oracle(found: list[dict[str, Any]], oracle: SerialPipeline) ->
         for stage, values in end["plain"].items():
             for value, expected in zip(values, oracle.plain(stage), strict=True):
                 assert torch.equal(value, expected.cpu()), f"rank {rank}, stage {stage}: plain iterate"
-        for direction, (state, expected) in enumerate(zip(end["random"], oracle.random_states[rank], strict=True)):
-            assert torch.equal(state, expected), f"rank {rank}, direction {direction}: random state"
+        assert_same_random(end["random"], oracle.random_states[rank], f"rank {rank}")
         own = [used for (stage, index), used in oracle.used.items() if placement.rank_of(stage, index) == rank]
         assert end["gap"] == max(used.backward - used.forward for used in own), f"rank {rank}: gap"
+
+
+def assert_same_random(found: list[Sequence[Tensor]], expected: list[Sequence[Tensor]], where: str) -> None:
+    """The states of all directions, each of all generators."""
+    for direction, (states, others) in enumerate(zip(found, expected, strict=True)):
+        same = [torch.equal(state, other) for state, other in zip(states, others, strict=True)]
+        assert all(same), f"{where}, direction {direction}: random state"
