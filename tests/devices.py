@@ -58,6 +58,11 @@ def start_method() -> str:
     return "forkserver" if on_gpu() else "fork"
 
 
+def patience() -> int:
+    """Times longer than on the CPU that ranks may be apart: each has a device to make ready first."""
+    return 3 if on_gpu() else 1
+
+
 def local_rank(rank: int) -> int:
     """The number of the GPU that ``rank`` uses; on the CPU its own number, as launchers set it."""
     return 0 if chosen() in ("cuda", "nccl-shared") else rank

@@ -123,7 +123,9 @@ class SerialPipeline:
         self.optimizers = [make_optimizer(masters) for masters in self._masters]
         self._extrapolation = SerialExtrapolation(self._masters, self.optimizers)
         self._generators = generators or generators_of(self.stages)
-        self.random_states = [self._streams(seed) for seed in seeds or [None] * schedule.num_ranks]
+        self.random_states = [
+            self._streams(seeds[rank] if seeds else None) for rank in range(schedule.num_ranks)
+        ]
         self._loss_scale = loss_scale
         self._scales: dict[int, float] = {}
         self._data: dict[int, tuple[Any, Any]] = {}

@@ -111,7 +111,7 @@ def run_oracle(
         "weights": [
             {stage: copies(pipeline.replica(stage, rank)) for stage in placement.stages[rank]} for rank in ranks
         ],
-        "plain": [pipeline.plain(stage) for stage in range(job.pipeline)],
+        "plain": [[value.cpu() for value in pipeline.plain(stage)] for stage in range(job.pipeline)],
         "losses": losses,
         "random": pipeline.random_states,
         "gaps": [

@@ -171,7 +171,7 @@ def squares(gradients: list[Tensor | None]) -> float:
 def clip(limit: float, parameters: list[nn.Parameter], total: float) -> None:
     """By the sum that is known of all stages."""
     if limit:
-        norm = torch.tensor(total).sqrt()
+        norm = devices.place(torch.tensor(total)).sqrt()
         assert norm > limit, "the case must clip"
         for parameter in parameters:
             parameter.grad = parameter.grad * (limit / norm)
