@@ -71,7 +71,9 @@ def environment() -> dict[str, str]:
 def train(ranks: int, script: Sequence[str | Path], text: Path) -> list[tuple[str, str]]:
     """What was told of each step."""
     given = [*command(ranks, script), "--data", str(text)]
-    done = subprocess.run(given, text=True, capture_output=True, timeout=PATIENCE_SECONDS, env=environment(), cwd=text.parent)
+    done = subprocess.run(
+        given, text=True, capture_output=True, timeout=PATIENCE_SECONDS, env=environment(), cwd=text.parent
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return re.findall(r"^step \d+: (loss|validation loss) ([\d.]+)", done.stdout, re.MULTILINE)
 
