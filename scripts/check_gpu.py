@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,8 @@ def resumed(file: str, *cases: str) -> tuple[str, ...]:
 
 
 DEEPSPEED, MEGATRON, GPU = "tests/deepspeed", "tests/megatron", "tests/gpu"
+# Where norms decide, no masters in flat buffers beside the oracle: a GPU adds up a tensor in an order that depends on
+# where it begins, so that they may differ by a rounding.
 PARTS = (
     Part("live-update", "delayed gradients use the new weights", 60, (f"{GPU}/test_live_update.py",), "cuda", 1),
     Part("device", "the oracle on CUDA is that on the CPU, to rounding", 120, (f"{GPU}/test_one_device.py",),
@@ -116,8 +119,8 @@ PARTS = (
         (
             *named(
                 f"{DEEPSPEED}/test_oracle.py", "test_clipping_by_what_is_known_of_all_stages[paci-3-2]",
-                "test_clipping_of_masters_by_what_is_known[bf16-amdp]", "test_clipping_by_relayed_decisions[4-4]",
-                "test_relayed_decisions_with_masters[bf16-1]", "test_error_feedback[3-2]",
+                "test_clipping_by_what_is_known_of_all_stages[amdp-4-8]", "test_clipping_by_relayed_decisions[4-4]",
+                "test_relayed_decisions_and_other_options[options2-2]", "test_error_feedback[3-2]",
                 "test_error_feedback_under_amdp[bf16]",
             ),
             *named(
@@ -127,7 +130,8 @@ PARTS = (
             ),
             *named(
                 f"{DEEPSPEED}/test_tied.py", "test_paci[3-2]", "test_masters[2-1-ZeRO-1]",
-                "test_relayed_decisions[3-1-bf16]", "test_error_feedback[fp32]",
+                "test_relayed_decisions[3-1-fp32]", "test_relayed_decisions_about_nothing[more0]",
+                "test_error_feedback[bf16]",
                 "test_an_evaluation_sees_one_weight_and_changes_nothing[fp32]",
             ),
         ), gpus=4,
@@ -138,7 +142,7 @@ PARTS = (
             *resumed(
                 f"{DEEPSPEED}/test_checkpoints.py", "paci", "paci, recomputation", "paci, buffers", "paci, bf16",
                 "1f1b", "amdp", "amdp, bf16", "error feedback, amdp, bf16", "flushed first, saved before", "latest",
-                "relayed", "pipemare", "xpipe",
+                "relayed", "relayed, bf16", "pipemare", "xpipe",
             ),
             *named(f"{DEEPSPEED}/test_checkpoints.py", "test_evaluation_changes_nothing[paci]",
                    "test_evaluation_changes_nothing[error feedback, amdp]"),
@@ -201,7 +205,7 @@ def run_part(part: Part, out: Path, gpus: int) -> list[Item]:
     device = "nccl-shared" if part.device == "nccl" and gpus < part.gpus else part.device
     results, log = out / f"{part.name}.xml", out / f"{part.name}.log"
     results.unlink(missing_ok=True)  # of an earlier run
-    command = [sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS), "-p", "no:cacheprovider",
+    command = [sys.executable, "-m", "pytest", "-v", "-n", str(WORKERS), "-p", "no:cacheprovider",
                f"--junitxml={results}", *part.tests]  # fmt: skip
     began = time.monotonic()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -216,12 +220,19 @@ def run_part(part: Part, out: Path, gpus: int) -> list[Item]:
             os.killpg(process.pid, signal.SIGKILL)  # its ranks, too
             process.wait()
             reason = f"did not end within its limit of {part.limit:g} s; see {log.name}"
-            return [Item(part.name, part.name, FAILED, time.monotonic() - began, reason)]
+            return [*read_log(part.name, log), Item(part.name, part.name, FAILED, time.monotonic() - began, reason)]
     items = read_results(part.name, results) if results.exists() else []
     if not items or (code and all(item.result != FAILED for item in items)):
         reason = f"pytest ended with {code} and {len(items)} results; see {log.name}"
         items.append(Item(part.name, part.name, FAILED, time.monotonic() - began, reason))
     return items
+
+
+def read_log(part: str, log: Path) -> list[Item]:
+    """What pytest has said of tests, where it did not come to its report."""
+    told = re.findall(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) \S+::(.+?) *$", log.read_text(), re.MULTILINE)
+    results = {"PASSED": PASSED, "SKIPPED": NOT_POSSIBLE}
+    return [Item(part, name, results.get(result, FAILED), reason=f"see {log.name}") for result, name in told]
 
 
 def read_results(part: str, results: Path) -> list[Item]:

@@ -34,9 +34,13 @@ def test_reports(tmp_path: Path) -> None:
     parts = [part(tmp_path, name) for name in ("good", "bad", "skipped", "missing")]
     parts += [part(tmp_path, "shared", 60, "nccl", 2), part(tmp_path, "many", 60, "nccl")]
     parts += [part(tmp_path, "hangs", limit=4)]
+    both = tuple(f"{tmp_path}/test_parts.py::test_{name}" for name in ("good", "bad", "hangs"))
+    parts += [check_gpu.Part("ends early", "what was found is kept", 20, both, "cpu", 1)]
     assert check_gpu.run_all(parts, tmp_path / "out", "a machine", gpus=1, at_once=2) == check_gpu.EXIT_FAILED
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    found = {item["part"]: item for item in report["items"]}
+    kept = [(item["name"], item["result"]) for item in report["items"] if item["part"] == "ends early"]
+    assert sorted(kept) == [("ends early", "failed"), ("test_bad", "failed"), ("test_good", "passed")]
+    found = {item["part"]: item for item in report["items"] if item["part"] != "ends early"}
     assert {name: item["result"] for name, item in found.items()} == {
         "good": "passed", "bad": "failed", "skipped": "not possible here", "missing": "failed", "hangs": "failed",
         "shared": "passed", "many": "passed",
