@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests import devices
 from tests.processes import run_ranks
 from tests.synchronizations import Counts, assert_more_than_stock, count
 
@@ -15,6 +16,7 @@ from .tied_layers import make_tied_engine
 
 LOSS, SUM = "engine.py:report_losses", "decisions.py:tell"
 CLIPPED = {"gradient_clipping": 0.05}
+pytestmark = pytest.mark.skipif(devices.on_gpu(), reason="tests/gpu counts what CUDA is asked for")
 
 
 def count_reads(rank: int, job: Job, tied: bool) -> tuple[Counts, list[str]]:

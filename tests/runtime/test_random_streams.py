@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amdp_plugin.runtime.random_streams import Generators, RandomStreams, generators_of, together
+from tests import devices
 from tests.processes import run_ranks
 
 from .models import KINDS, Plain
@@ -29,12 +30,14 @@ class DrawsFromTwo(Plain):
 KINDS["draws from two"] = DrawsFromTwo
 
 
-def both() -> Generators:
-    return together([torch.default_generator, OTHER])
+def all_of_them() -> Generators:
+    """Those that layers draw from here, and :data:`OTHER`."""
+    of_device = [torch.cuda.default_generators[devices.device().index]] if devices.on_gpu() else []
+    return together([torch.default_generator, *of_device, OTHER])
 
 
 def train(rank: int, case: Case, parts: list[int]) -> dict[str, Any]:
-    executor, worker = make_executor(rank, case, generators=both())
+    executor, worker = make_executor(rank, case, generators=all_of_them())
     OTHER.manual_seed(100 + rank)
     run_parts(executor, parts)
     return result(executor, worker)
@@ -44,7 +47,7 @@ def train(rank: int, case: Case, parts: list[int]) -> dict[str, Any]:
 def test_every_rank_and_direction_has_a_stream_of_each_generator(case: Case) -> None:
     """Cancelled forwards, at the end of the first part, take nothing from any of them."""
     found = run_ranks(case.stages, train, case, [3, 2])
-    oracle = make_oracle(case, both())
+    oracle = make_oracle(case, all_of_them())
     micro_batches = placed()
     for windows in (3, 2):
         oracle.train(micro_batches, windows)
@@ -53,7 +56,7 @@ def test_every_rank_and_direction_has_a_stream_of_each_generator(case: Case) -> 
 
 def test_a_stream_of_several_generators() -> None:
     """Each direction goes on where it was, in all of them; outside, nothing is drawn."""
-    generators = both()
+    generators = all_of_them()
     torch.manual_seed(7)
     OTHER.manual_seed(8)
     streams, outside = RandomStreams(2, generators), generators.get()
