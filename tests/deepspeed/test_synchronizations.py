@@ -16,6 +16,7 @@ from .tied_layers import make_tied_engine
 
 LOSS, SUM = "engine.py:report_losses", "decisions.py:tell"
 CLIPPED = {"gradient_clipping": 0.05}
+ZERO = {"zero_optimization": {"stage": 1}}
 pytestmark = pytest.mark.skipif(devices.on_gpu(), reason="tests/gpu counts what CUDA is asked for")
 
 
@@ -43,10 +44,11 @@ def decided(decisions: str, **more: str) -> dict[str, str]:
         (Job(decided("latest"), 2, 8, config=CLIPPED), False),
         (Job(decided("relayed"), 2, 8, optimizer="adamw", config=CLIPPED), False),
         (Job(decided("relayed"), 2, 8, config={**BF16, **CLIPPED}, dtype=torch.bfloat16), False),
+        (Job(decided("relayed"), 2, 8, optimizer="adamw", config={**ZERO, **CLIPPED}), False),
         (Job(decided("relayed", compensation="error_feedback"), 2, 8, config=CLIPPED), True),
         (Job("xpipe", 2, 8, optimizer="adamw"), False),
     ],
-    ids=["1f1b", "paci", "amdp", "latest", "relayed", "relayed, bf16", "tied", "xpipe"],
+    ids=["1f1b", "paci", "amdp", "latest", "relayed", "relayed, bf16", "relayed, ZeRO-1", "tied", "xpipe"],
 )
 def test_what_is_asked_of_a_device_beside_stock(job: Job, tied: bool) -> None:
     found = run_ranks(job.stages, count_reads, job, tied)
