@@ -16,7 +16,7 @@ from amdp_plugin.plan.staleness import planned_coefficient
 from amdp_plugin.runtime import pipeline as pipelines_module
 from amdp_plugin.runtime.pipeline import Pipeline, Site
 from amdp_plugin.runtime.plain import PlainWorker
-from amdp_plugin.runtime.random_streams import CPU
+from amdp_plugin.runtime.random_streams import generators_of
 from amdp_plugin.runtime.tied import tied_guests
 from amdp_plugin.runtime.tied_state import KeptState
 
@@ -56,7 +56,8 @@ def make_pipeline(rank: int, case: Case, rendezvous: Rendezvous) -> tuple[Pipeli
     pipelines_module.Transport = lambda ranks, links, *_: rendezvous.transport(links)  # type: ignore[misc, assignment]
     site = Site(rank, range(case.stages), dist.group.WORLD, torch.device("cpu"), 60)  # type: ignore[arg-type]
     micro_batches = data(case.dtype)
-    pipeline = Pipeline(case.make(), case.costs(), site, lambda: next(micro_batches), CPU)
+    generators = generators_of(case.build())
+    pipeline = Pipeline(case.make(), case.costs(), site, lambda: next(micro_batches), generators)
     built, placement = case.build(), pipeline.schedule.placement
     modules = {stage: built[stage] for stage in placement.stages[rank]}
     optimizers = {rank: OPTIMIZERS[case.optimizer](list(modules[rank].parameters()))}
