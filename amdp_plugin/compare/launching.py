@@ -1,8 +1,13 @@
-"""What the launchers of both hosts understand alike. Imports nothing, so that a wrong command line is told at once."""
+"""What the launchers of both hosts do alike. Imports nothing heavy, so that a wrong command line is told at once."""
 
 from __future__ import annotations
 
+import os
+import runpy
+import sys
 from pathlib import Path
+
+EXIT_USAGE = 2
 
 
 def take_record(arguments: list[str]) -> Path | None:
@@ -21,3 +26,21 @@ def take_record(arguments: list[str]) -> Path | None:
             raise ValueError("--record needs a directory")
         directory = arguments.pop(0)
     return Path(directory)
+
+
+def run_script(script: str) -> None:
+    """Run ``script`` as ``python SCRIPT`` would. What ends it is told to ``torchrun``, too, whose last lines then hold
+    the first error of all ranks. A job that is refused ends with that message alone."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from ..settings import ScheduleRefused
+
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except ScheduleRefused as error:
+        get_error_handler().record_exception(error.with_traceback(None))
+        print(f"[amdp] error, rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USAGE) from None
+    except Exception as error:
+        get_error_handler().record_exception(error)
+        raise

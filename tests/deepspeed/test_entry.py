@@ -109,9 +109,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_module(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """``python -m amdp_plugin`` as the only rank of a job."""
     job = {
+        **variables,
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
@@ -132,10 +133,31 @@ def test_unmodified_script(tmp_path: Path) -> None:
     assert "trained by ScheduledPipelineEngine True" in done.stdout
 
 
+def test_a_refused_job_ends_with_one_message(tmp_path: Path) -> None:
+    """Also in the last lines of torchrun, which reads that file."""
+    script, told = tmp_path / "train.py", tmp_path / "error.json"
+    script.write_text(SCRIPT.replace('"paci"', '"pacy"'))
+    done = run_module(str(script), "--steps", "3", TORCHELASTIC_ERROR_FILE=str(told))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "pacy" in line]
+    assert line.startswith("[amdp] error, rank 0: unknown schedule 'pacy'") and line.endswith("did you mean 'paci'?")
+    assert "unknown schedule 'pacy'" in json.loads(told.read_text())["message"]["message"]
+
+
+def test_what_ends_a_script_is_told_to_torchrun(tmp_path: Path) -> None:
+    script, told = tmp_path / "train.py", tmp_path / "error.json"
+    script.write_text("raise ValueError('a mistake of the script')\n")
+    done = run_module(str(script), TORCHELASTIC_ERROR_FILE=str(told))
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert json.loads(told.read_text())["message"]["message"] == "ValueError: a mistake of the script"
+
+
 def test_deepspeeds_launcher(tmp_path: Path) -> None:
     """It puts ``--local_rank`` before the script, and means it for the script."""
     script = tmp_path / "show.py"
-    script.write_text("import sys, deepspeed\nprint(sys.argv[1:], hasattr(deepspeed.initialize, '__wrapped__'))\n")
+    # In one piece: several would be written one by one, between those of the other rank.
+    shown = "f\"{sys.argv[1:]} {hasattr(deepspeed.initialize, '__wrapped__')}\""
+    script.write_text(f"import sys, deepspeed\nprint({shown})\n")
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     command = [*launcher, "--master_port", str(free_port()), "--module", "amdp_plugin", str(script), "--steps", "3"]
     root = str(Path(amdp_plugin.__file__).parents[1])
