@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 
 EXIT_USAGE = 2
@@ -31,16 +33,23 @@ def take_record(arguments: list[str]) -> Path | None:
 def run_script(script: str) -> None:
     """Run ``script`` as ``python SCRIPT`` would. What ends it is told to ``torchrun``, too, whose last lines then hold
     the first error of all ranks. A job that is refused ends with that message alone."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
     from ..settings import ScheduleRefused
 
     try:
         runpy.run_path(script, run_name="__main__")
     except ScheduleRefused as error:
-        get_error_handler().record_exception(error.with_traceback(None))
+        _tell_torchrun(str(error))
         print(f"[amdp] error, rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USAGE) from None
     except Exception as error:
-        get_error_handler().record_exception(error)
+        _tell_torchrun(f"{type(error).__name__}: {error}")
         raise
+
+
+def _tell_torchrun(message: str) -> None:
+    """In the file that it reads when a rank has failed. Its own decorator, ``record``, would write tracebacks as well,
+    which the ranks have printed: those of peers that failed for it would come after the first error."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")

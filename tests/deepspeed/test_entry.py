@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -109,10 +110,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_module(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
     """``python -m amdp_plugin`` as the only rank of a job."""
     job = {
-        **variables,
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
@@ -134,22 +134,26 @@ def test_unmodified_script(tmp_path: Path) -> None:
 
 
 def test_a_refused_job_ends_with_one_message(tmp_path: Path) -> None:
-    """Also in the last lines of torchrun, which reads that file."""
-    script, told = tmp_path / "train.py", tmp_path / "error.json"
+    script = tmp_path / "train.py"
     script.write_text(SCRIPT.replace('"paci"', '"pacy"'))
-    done = run_module(str(script), "--steps", "3", TORCHELASTIC_ERROR_FILE=str(told))
+    done = run_module(str(script), "--steps", "3")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "pacy" in line]
     assert line.startswith("[amdp] error, rank 0: unknown schedule 'pacy'") and line.endswith("did you mean 'paci'?")
-    assert "unknown schedule 'pacy'" in json.loads(told.read_text())["message"]["message"]
 
 
-def test_what_ends_a_script_is_told_to_torchrun(tmp_path: Path) -> None:
-    script, told = tmp_path / "train.py", tmp_path / "error.json"
+def test_torchrun_ends_with_the_first_error_of_a_script(tmp_path: Path) -> None:
+    """And not with a pointer to documentation."""
+    script = tmp_path / "fail.py"
     script.write_text("raise ValueError('a mistake of the script')\n")
-    done = run_module(str(script), TORCHELASTIC_ERROR_FILE=str(told))
-    assert done.returncode == 1 and "Traceback" in done.stderr
-    assert json.loads(told.read_text())["message"]["message"] == "ValueError: a mistake of the script"
+    command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), "-m", "amdp_plugin"]
+    root = str(Path(amdp_plugin.__file__).parents[1])
+    done = subprocess.run(
+        [*command, str(script)], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    _, _, cause = done.stderr.partition("Root Cause")
+    assert re.search(r"traceback : ValueError: a mistake of the script\n=+\n$", cause), done.stderr
 
 
 def test_deepspeeds_launcher(tmp_path: Path) -> None:
