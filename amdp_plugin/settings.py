@@ -185,7 +185,7 @@ def read_schedule(section: Any, where: str) -> ScheduleSettings:
 
 
 def _unknown(name: str, keys: Sequence[Any], known: Sequence[str]) -> str:
-    meant = {key: get_close_matches(str(key).lower(), known, n=1) for key in keys}
+    meant = {key: get_close_matches(str(key).lower(), known, n=1, cutoff=0.75) for key in keys}
     said = [f"{key!r} (did you mean {meant[key][0]!r}?)" if meant[key] else repr(key) for key in keys]
     return f"schedule {name!r} has no option {', '.join(said)}; its options are {', '.join(known)}"
 

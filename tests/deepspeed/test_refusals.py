@@ -64,6 +64,9 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "backward in no time": (section({"name": "paci", "backward_ratio": 0.0}), ["'backward_ratio'", "greater than 0"]),
     "timeout of nothing": (section({"name": "paci", "timeout_seconds": 0}), ["'timeout_seconds'", "greater than 0"]),
+    "timeout without end": (
+        section({"name": "paci", "timeout_seconds": float("inf")}), ["'timeout_seconds'", "less than or equal to"]
+    ),
     "two wrong options": (
         section({"name": "paci", "a": 1, "timeout_seconds": "x"}),
         ["'a'", "'timeout_seconds'", "'x'"],

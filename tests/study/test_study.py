@@ -187,6 +187,7 @@ def test_schedules_that_run_freely_are_compensated(tmp_path: Path) -> None:
         (["--schedules", "pacy"], "unknown schedule 'pacy'"),
         (["--schedules", "paci:extra=1"], "has no option extra"),
         (["--schedules", "paci:extra"], "NAME:key=value"),
+        (["--schedules", "paci:strength=much"], "--schedules paci:strength=much: could not convert"),
         (["--optimizers", "adam"], "unknown adam; there are adamw, muon, sgd"),
         (["--learning-rates", "muon:0.1"], "'muon' is none of --optimizers adamw"),
         (["--learning-rates", "adamw:much"], "OPTIMIZER:RATE,RATE"),
