@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from typer.core import TyperCommand
@@ -25,7 +26,7 @@ class ListsCommand(TyperCommand):
         own, rest = (args[: args.index("--")], args[args.index("--") :]) if "--" in args else (args, [])
         rewritten: list[str] = []
         repeated: str | None = None
-        for argument, following in zip(own, [*own[1:], "--"], strict=True):
+        for argument, following in pairwise([*own, "--"]):
             if argument.startswith("-") and not NUMBER.match(argument):
                 repeated = argument if argument in self.lists else None
                 if repeated and following.startswith("-") and not NUMBER.match(following):
