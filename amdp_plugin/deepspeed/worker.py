@@ -1,4 +1,4 @@
-"""What a rank does when the executor says so (``runtime.work.Worker``), on the stages of a DeepSpeed engine.
+"""What a rank does when the executor says so (``runtime.worker.StagesWorker``), on the stages of a DeepSpeed engine.
 
 On the home stage every method hands the work to the instruction of ``PipelineEngine`` that does it in stock
 schedules, so that timers, activation checkpointing, bf16 and ZeRO-1 go on as they are.

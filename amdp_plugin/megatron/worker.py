@@ -1,4 +1,4 @@
-"""What a rank does when the executor says so (``runtime.work.Worker``), on chunks of a Megatron model.
+"""What a rank does when the executor says so (``runtime.worker.StagesWorker``), on chunks of a Megatron model.
 
 Forwards, backwards and steps are Megatron's own (``forward_step``, ``backward_step``, its optimizer), so that timers,
 recomputation, tensor and sequence parallelism, bf16 and the distributed optimizer go on as they are.

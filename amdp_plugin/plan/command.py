@@ -114,7 +114,7 @@ def _content(planner: Planner, windows: int, format: Format) -> tuple[bytes, boo
         from .trace import chrome_trace
 
         return f"{chrome_trace(timing)}\n".encode(), True
-    found = report(planner, windows)
+    found = report(planner, windows, on_devices=True)
     if format is Format.png:
         from .picture import png
 

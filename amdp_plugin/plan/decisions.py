@@ -9,7 +9,9 @@ as they are made; since what a stage uses was made before something that it need
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
+from math import inf
 
 from .action import BACKWARD, REDUCE, UPDATE, Action
 from .laws import PROGRESS, WINDOWS, ProgramError, breach
@@ -25,11 +27,17 @@ NOTHING = -1
 """The latest window of a stage of which nothing is known."""
 
 
-def windows_ago(planner: Planner) -> WindowsAgo | None:
+def windows_ago(planner: Planner, order: Iterable[Place] | None = None) -> WindowsAgo | None:
     """What every update takes of the others; ``None`` where each stage decides for itself, or all meet.
 
     It is one number for a pair of stages, whatever the window. In the windows after a start with an empty pipeline
     there may be no such sum yet, and an update does without it. Of relayed decisions all are 0.
+
+    Args:
+        order: what :func:`.verify` returns for the program up to the end of the settled windows, where it is known.
+
+    Raises:
+        ProgramError: when decisions are relayed, and stages know too little of each other.
     """
     schedule = planner.schedule
     if schedule.decisions not in ("latest", "relayed"):
@@ -37,10 +45,18 @@ def windows_ago(planner: Planner) -> WindowsAgo | None:
     program = planner.program(planner.settled_windows().stop)
     stages = range(schedule.num_stages)
     ago = [[0] * schedule.num_stages for _ in stages]
-    for action, known in _known_at_updates(program):
+    for action, known in _known_at_updates(program, order or play(program)):
         row = ago[action.stage]
         for other in stages:
             row[other] = max(row[other], action.index - known[other])
+    late = [(stage, row.index(max(row))) for stage, row in enumerate(ago) if any(row)]
+    if schedule.relays and late:
+        stage, other = late[0]
+        raise ProgramError(
+            f"{schedule.name} breaks {WINDOWS}: decisions are relayed, and stage {stage} knows the sum of stage "
+            f"{other} only {ago[stage][other]} windows late",
+            WINDOWS.number,
+        )
     return tuple(map(tuple, ago))
 
 
@@ -53,26 +69,24 @@ def sums_of(ago: WindowsAgo, action: Action) -> Iterator[tuple[int, int]]:
 
 
 def check_decisions(program: Program, ago: WindowsAgo) -> None:
-    """Law 3, of sums: no update waits for ever for those that it takes; and relayed ones are of its own window.
+    """Law 3, of sums: no update waits for ever for those that it takes.
+
+    Those that :func:`windows_ago` finds for a program were made before its updates, whatever the pace of its ranks.
 
     Raises:
-        ProgramError: naming an update and what it waits for, or stages that know too little of each other.
+        ProgramError: naming an update and what it waits for.
     """
     schedule = program.schedule
-    if schedule.relays and any(map(any, ago)):
-        stage, other = next((stage, late.index(max(late))) for stage, late in enumerate(ago) if any(late))
-        raise ProgramError(
-            f"{schedule.name} breaks {WINDOWS}: decisions are relayed, and stage {stage} knows the sum of stage "
-            f"{other} only {max(ago[stage])} windows late",
-            WINDOWS.number,
-        )
+    steps = {(rank, action): step for rank, row in enumerate(program.rows) for step, action in enumerate(row)}
+
+    @cache
+    def made(stage: int, window: int) -> Place:
+        return max(schedule.gathered(stage, window), key=lambda place: steps.get(place, inf))
 
     def sums(rank: int, action: Action) -> Iterator[Place]:
         tied = schedule.sharing.is_tied(action.stage)
         if action.kind == UPDATE and not tied and rank == schedule.placement.home(action.stage):
-            for other, window in sums_of(ago, action):
-                if window >= 0:
-                    yield from schedule.gathered(other, window)
+            yield from (made(other, window) for other, window in sums_of(ago, action) if window >= 0)
 
     try:
         deque(play(program, sums), maxlen=0)
@@ -83,7 +97,7 @@ def check_decisions(program: Program, ago: WindowsAgo) -> None:
         raise breach(program, rank, position, PROGRESS, what) from None
 
 
-def _known_at_updates(program: Program) -> Iterator[tuple[Action, tuple[int, ...]]]:
+def _known_at_updates(program: Program, order: Iterable[Place]) -> Iterator[tuple[Action, tuple[int, ...]]]:
     """Every home's updates, each with the latest window of every stage whose sum is on its way there for sure."""
     schedule = program.schedule
     homes = [schedule.placement.home(stage) for stage in range(schedule.num_stages)]
@@ -91,7 +105,7 @@ def _known_at_updates(program: Program) -> Iterator[tuple[Action, tuple[int, ...
     backwards = [0] * schedule.num_stages
     known = [(NOTHING,) * schedule.num_stages for _ in program.rows]
     sent: dict[Place, tuple[int, ...]] = {}
-    for rank, action in play(program):
+    for rank, action in order:
         stage, kind, index = action
         for place in schedule.dependencies(rank, action):
             if place[0] != rank:

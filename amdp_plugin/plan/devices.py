@@ -1,8 +1,8 @@
 """What a program becomes on devices that receive as NCCL does, and the proof that they never wait for each other.
 
-A send is done only when it is received, and occupies its device until then. What goes from one rank to another goes
-through one stream, in the order of issue. Streams share hardware queues: nothing in a queue starts before all that was
-issued to it earlier has started. A host may wait for its whole device after any action, for reasons of its own.
+A send is done only when it is received, and occupies its device until then. What goes over one link goes through one
+stream of the device, in the order of issue. Streams share hardware queues: nothing in a queue starts before all that
+was issued to it earlier has started. A host may wait for its whole device after any action, for reasons of its own.
 """
 
 from __future__ import annotations
@@ -11,50 +11,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from itertools import permutations
 from typing import NamedTuple
 
-from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
+from .action import Action
+from .collection import uncollected
+from .issuing import Operation, Step, steps
 from .laws import PROGRESS, ProgramError
+from .messages import Link, Message
 from .planner import Planner
-from .postings import Message, Postings, messages, next_guest
-from .program import Row
-from .schedule import Schedule
 
 HOST_AHEAD = 2
 """Actions that a host may have issued, at most, and its device not finished: when it issues one, the one so many before
 it is done."""
 PROVEN_WINDOWS = 4
 """Windows that are proven, at most, from the first of those that repeat on; and those before."""
-RECEIVE_BUFFERS = 2
-"""Guests of a stage whose gradients its home receives at once where nothing ever waits for a whole device."""
-STREAMS = {FORWARD: "pipeline", BACKWARD: "pipeline", REDUCE: "gradients", UPDATE: "weights"}
-"""Between two ranks, messages for these kinds of action share a stream each way."""
-
-
-class Operation(NamedTuple):
-    """Something that a device does: one side of a message, or a part of an action's computation."""
-
-    rank: int
-    what: Message | Action
-    part: int = 0
-
-    def __str__(self) -> str:
-        if isinstance(self.what, Action):
-            return f"{self.what} on rank {self.rank}"
-        sends = self.rank == self.what.sender
-        verb, peer = ("sends", self.what.receiver) if sends else ("receives", self.what.sender)
-        return f"rank {self.rank} {verb} for {self.what.action} ({'to' if sends else 'from'} rank {peer})"
-
-
-class Issued(NamedTuple):
-    """An operation, and those of the same rank that its stream waits for."""
-
-    operation: Operation
-    after: tuple[Operation, ...] = ()
-
-
-Step = list[Issued]
-"""What a host issues at once: for one action, or at the opening of a window."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +42,8 @@ class Device:
     synchronizes: bool = False
 
 
-DEVICES = (Device(queues=1), Device(queues=8), Device(queues=8, synchronizes=True))
-"""What a program must run on: with ``CUDA_DEVICE_MAX_CONNECTIONS=1``, as devices are, and interrupted anywhere."""
+STRICTEST = Device(queues=1, synchronizes=True)
+"""What is proven of it holds on all: others wait for a part of what it waits for."""
 
 
 class DeviceDeadlock(Exception):
@@ -83,126 +54,76 @@ class DeviceDeadlock(Exception):
         self.circle = circle
 
 
-def gradient_buffers(planner: Planner) -> int:
-    """The fewest guests of a stage whose gradients its home must receive at once, so that no device waits for ever.
+class Provision(NamedTuple):
+    """What ranks have, so that their devices never wait for each other.
 
-    Proves the windows of the planner's program up to those that repeat, however few hardware queues there are, and
-    whether or not hosts wait for their devices after any of their actions.
+    Args:
+        gradient_buffers: guests of a stage whose gradients its home receives at once.
+        landing: whether guests receive new weights into memory of their own, beside those that they use meanwhile.
+    """
+
+    gradient_buffers: int
+    landing: bool
+
+    def __str__(self) -> str:
+        guests = f"{self.gradient_buffers} guest{'' if self.gradient_buffers == 1 else 's'}"
+        landing = ", and guests new weights beside those in use" if self.landing else ""
+        return f"a home receives the gradients of {guests} at once{landing}"
+
+
+ON_HOSTS = Provision(gradient_buffers=2, landing=False)
+"""Where no message occupies a device, and nothing ever waits for the whole of one."""
+
+
+@uncollected()
+def provide(planners: Sequence[Planner]) -> Provision:
+    """The least that is proven to be enough for the programs of all of ``planners``, on the :data:`STRICTEST` device.
+
+    Raises:
+        ProgramError: when nothing is enough.
+    """
+    try:
+        return Provision(max(gradient_buffers(planner) for planner in planners), landing=False)
+    except ProgramError:
+        if not any(planner.schedule.reduces for planner in planners):
+            raise
+    return Provision(max(gradient_buffers(planner, landing=True) for planner in planners), landing=True)
+
+
+def gradient_buffers(planner: Planner, landing: bool = False) -> int:
+    """For one program. Its windows up to those that repeat are proven.
+
+    Args:
+        landing: as in :class:`Provision`.
 
     Raises:
         ProgramError: when no number of buffers is enough.
     """
     schedule = planner.schedule
     first, after = planner.steady_windows()
-    count = min(after + 1, first + PROVEN_WINDOWS)
+    count, ranks = min(after + 1, first + PROVEN_WINDOWS), range(schedule.num_ranks)
     windows = [planner.window(index) for index in range(count)]
-    posted = [[planner.postings(index, rank) for rank in range(schedule.num_ranks)] for index in range(count)]
-    most = max(len(holders) - 1 for holders in schedule.sharing.holders)
-    for buffers in range(1, max(2, most + 1)):
+    posted = [[planner.postings(index, rank, landing) for rank in ranks] for index in range(count)]
+
+    def circle(buffers: int) -> DeviceDeadlock | None:
         try:
-            for device in DEVICES:
-                check(steps(schedule, windows, posted, buffers), device)
+            check(steps(schedule, windows, posted, buffers), STRICTEST)
         except DeviceDeadlock as deadlock:
-            circle = deadlock
-        else:
-            return buffers
-    raise ProgramError(
-        f"{schedule.name} breaks {PROGRESS} on devices whose messages occupy them until they are received: {circle}",
-        PROGRESS.number,
-    )
+            return deadlock
+        return None
 
-
-def steps(
-    schedule: Schedule, windows: Sequence[Sequence[Row]], posted: Sequence[Sequence[Postings]], buffers: int
-) -> list[list[Step]]:
-    """For every rank, what its host issues, step by step.
-
-    Args:
-        windows: what every rank does, window after window.
-        posted: when every rank begins to receive, window after window.
-        buffers: guests of a stage whose gradients its home receives at once.
-    """
-    found = []
-    for rank in range(schedule.num_ranks):
-        host = _Host(schedule, rank, buffers)
-        of_rank = []
-        for window, begun in zip(windows, posted, strict=True):
-            of_rank += [host.step(action, begun[rank].get(action, ())) for action in (None, *window[rank])]
-        found.append(of_rank)
-    return found
-
-
-class _Host:
-    """Issues one rank's operations, in the order of the executor, the channels and the exchange.
-
-    As in torch, a stream of messages goes on only after all that was computed before the message was issued.
-    """
-
-    def __init__(self, schedule: Schedule, rank: int, buffers: int) -> None:
-        self.schedule, self.rank = schedule, rank
-        self.issued: Step = []
-        self.computed: tuple[Operation, ...] = ()
-        self.arriving: dict[Action, Operation] = {}
-        """Activations and gradients of micro-batches that are being received."""
-        self.free = dict.fromkeys(range(len(schedule.sharing.holders)), buffers)
-        self.begun: defaultdict[int, dict[int, Operation]] = defaultdict(dict)
-        self.receiving: defaultdict[int, dict[int, Operation]] = defaultdict(dict)
-        """Of every stage at home, by guest, the gradients that may be received, and those that are."""
-        self.unsettled: dict[int, list[Operation]] = {}
-        """Of every guest, what must be over before its stage is used again."""
-        self.sent: defaultdict[tuple[int, str], list[Operation]] = defaultdict(list)
-
-    def step(self, action: Action | None, begun: Iterable[Message]) -> Step:
-        """Do ``action``, then begin to receive."""
-        self.issued = []
-        if action is not None:
-            self._run(action)
-        for message in begun:
-            receive, stage = Operation(self.rank, message), message.action.stage
-            if message.action.kind == REDUCE:
-                self.begun[stage][message.sender] = receive
-                self._receive_gradients(stage, self.schedule.sharing.holders[stage][1:])
-            else:
-                self.arriving[message.action] = receive
-                self._communicate(receive)
-        return self.issued
-
-    def _run(self, action: Action) -> None:
-        stage, kind, _ = action
-        home, *guests = self.schedule.sharing.holders[stage]
-        at_home = self.rank == home
-        if kind in (FORWARD, BACKWARD):
-            arrived = [self.arriving.pop(action)] if action in self.arriving else []
-            self._compute(action, *arrived, *self.unsettled.pop(stage, ()))
-        elif kind == REDUCE and at_home:
-            for added, guest in enumerate(guests, start=1):
-                self._compute(action, self.receiving[stage].pop(guest))
-                self.free[stage] += 1
-                self._receive_gradients(stage, guests[added:])
-        elif kind == UPDATE and at_home:
-            self._compute(action, *self.sent.pop((stage, UPDATE), ()))  # which read what it overwrites
-        elif kind == UPDATE and self.schedule.sharing.is_tied(stage):
-            self._compute(action, self.arriving.pop(action), self.sent[stage, REDUCE].pop(0))
-        elif kind == UPDATE:
-            self.unsettled[stage] = [self.arriving.pop(action), *self.sent.pop((stage, REDUCE), ())]
-        for message in messages(self.schedule, self.rank, action):
-            send = Operation(self.rank, message)
-            self._communicate(send)
-            self.sent[stage, kind].append(send)
-
-    def _receive_gradients(self, stage: int, to_add: Sequence[int]) -> None:
-        begun, receiving = self.begun[stage], self.receiving[stage]
-        while (guest := next_guest(to_add, begun, receiving, self.free[stage])) is not None:
-            self.free[stage] -= 1
-            receiving[guest] = begun.pop(guest)
-            self._communicate(receiving[guest])
-
-    def _compute(self, action: Action, *after: Operation) -> None:
-        self.computed = (Operation(self.rank, action, len(self.issued)),)
-        self.issued.append(Issued(*self.computed, after))
-
-    def _communicate(self, operation: Operation) -> None:
-        self.issued.append(Issued(operation, self.computed))
+    enough = max(1, max(len(holders) - 1 for holders in schedule.sharing.holders))
+    found = circle(enough)
+    if found is not None:
+        raise ProgramError(
+            f"{schedule.name} breaks {PROGRESS} on devices whose messages occupy them until they are received: {found}",
+            PROGRESS.number,
+        )
+    step = 1
+    while enough > 1 and step:  # most need all, or one less
+        fewer = max(1, enough - step)
+        enough, step = (fewer, 2 * step) if circle(fewer) is None else (enough, step // 2)
+    return enough
 
 
 def check(of_ranks: Sequence[Sequence[Step]], device: Device) -> None:
@@ -213,82 +134,109 @@ def check(of_ranks: Sequence[Sequence[Step]], device: Device) -> None:
     Raises:
         DeviceDeadlock: when there is none.
     """
-    graph = TopologicalSorter(_causes(of_ranks, device))
-    try:
-        graph.prepare()
-    except CycleError as error:
-        raise DeviceDeadlock([str(node) for node in error.args[1]]) from None
-
-
-class _Instant(NamedTuple):
-    """When an operation starts or ends; when a host goes on after a step."""
-
-    what: Operation | tuple[int, int]
-    is_end: bool
-
-    def __str__(self) -> str:
-        if not isinstance(self.what, Operation):
-            return f"the host of rank {self.what[0]} waits for its device after step {self.what[1]}"
-        return f"{self.what} {'ends' if self.is_end else 'starts'}"
-
-
-Causes = dict[_Instant, list[_Instant]]
-
-
-def _causes(of_ranks: Sequence[Sequence[Step]], device: Device) -> Causes:
-    """What every instant comes after."""
-    issued = {operation for of_rank in of_ranks for step in of_rank for operation, _ in step}
-    causes: Causes = {}
+    instants = _Instants()
+    sides: defaultdict[Message, list[_Side]] = defaultdict(list)
     for rank, of_rank in enumerate(of_ranks):
-        queues = _Queues(device.queues)
+        for message, side in _Host(rank, device, instants).run(of_rank):
+            sides[message].append(side)
+    for both in sides.values():
+        for one, other in permutations(both, 2):
+            instants.put_after(one.end, other.start)
+    instants.order()
+
+
+class _Instants:
+    """When operations start and end, and hosts go on: instants by number, each after others."""
+
+    def __init__(self) -> None:
+        self._what: list[object] = ["the beginning"]
+        self._graph: TopologicalSorter[int] = TopologicalSorter()
+
+    def new(self, what: object, *after: int) -> int:
+        """Another instant, called ``what``."""
+        number = len(self._what)
+        self._what.append(what)
+        self._graph.add(number, *after)
+        return number
+
+    def as_soon_as(self, after: set[int], what: object) -> int:
+        """The instant when all of ``after`` have been: of one, that itself."""
+        return next(iter(after)) if len(after) == 1 else self.new(what, *after)
+
+    def put_after(self, one: int, other: int) -> None:
+        self._graph.add(one, other)
+
+    def order(self) -> None:
+        """Raises :class:`DeviceDeadlock` where some would have to come before themselves."""
+        try:
+            self._graph.prepare()
+        except CycleError as error:
+            raise DeviceDeadlock([_told(self._what[number]) for number in error.args[1]]) from None
+
+
+def _told(what: object) -> str:
+    if not isinstance(what, tuple):
+        return str(what)
+    if isinstance(what[0], Operation):
+        operation, verb = what
+        return f"{operation} {verb}"
+    return "the host of rank {} waits for its device after step {}".format(*what)
+
+
+class _Side(NamedTuple):
+    """When a message starts, and ends, on one of its two devices."""
+
+    start: int
+    end: int
+
+
+class _Host:
+    """When one rank's operations start and end; its streams take hardware queues in turn."""
+
+    def __init__(self, rank: int, device: Device, instants: _Instants) -> None:
+        self.rank, self.device, self.instants = rank, device, instants
+        self.goes_on = {0}
+        """What the host has waited for."""
+        self.ends: dict[Operation, int] = {}
+        """Of what it has not: that of every operation."""
+        self.last_ends: dict[Link | None, int] = {}
+        self.last_starts: dict[int, int] = {}
+        """Likewise, of the last operation in every stream, and in every queue."""
+        self.queue_of: dict[Link | None, int] = {None: 0}
+
+    def run(self, of_rank: Sequence[Step]) -> Iterator[tuple[Message, _Side]]:
+        """Issue everything. Yields the messages."""
+        computed: list[set[int]] = []
         for number, step in enumerate(of_rank):
-            host = _Instant((rank, number), True)
-            causes[host] = [_Instant(operation, True) for operation, _ in step]
-            if number:
-                causes[host].append(_Instant((rank, number - 1), True))
-            wait = number - (1 if device.synchronizes else HOST_AHEAD)
+            if not self.device.synchronizes and number >= HOST_AHEAD:
+                self.goes_on = computed[number - HOST_AHEAD] or {0}
+            ends = []
             for operation, after in step:
-                start, end = _Instant(operation, False), _Instant(operation, True)
-                causes[start] = [_Instant(other, True) for other in after]
-                causes[end] = [start, *(_Instant(other, False) for other in _other_sides(operation) if other in issued)]
-                if wait >= 0:
-                    causes[start] += _awaited(of_rank[wait], (rank, wait), device)
-                causes[start] += queues.before(operation)
-    return causes
+                side = self._issue(operation, after)
+                ends.append(side.end)
+                if isinstance(operation.what, Message):
+                    yield operation.what, side
+            computed.append({self.ends[operation] for operation, _ in step if isinstance(operation.what, Action)})
+            if self.device.synchronizes:
+                self._synchronize(number, ends)
 
+    def _issue(self, operation: Operation, after: Iterable[Operation]) -> _Side:
+        what, instants = operation.what, self.instants
+        link = None if isinstance(what, Action) else what.link
+        queue = self.queue_of.setdefault(link, len(self.queue_of) % self.device.queues)
+        causes = self.goes_on | {self.ends[other] for other in after if other in self.ends}
+        if link in self.last_ends:
+            causes.add(self.last_ends[link])
+        if queue in self.last_starts:
+            causes.add(self.last_starts[queue])
+        start = instants.as_soon_as(causes, (operation, "starts"))
+        end = start if isinstance(what, Action) else instants.new((operation, "ends"), start)
+        self.ends[operation] = self.last_ends[link] = end
+        self.last_starts[queue] = start
+        return _Side(start, end)
 
-def _awaited(step: Step, place: tuple[int, int], device: Device) -> list[_Instant]:
-    """What a host has waited for that goes on after ``step``: everything so far, or what the step computed."""
-    if device.synchronizes:
-        return [_Instant(place, True)]
-    return [_Instant(operation, True) for operation, _ in step if isinstance(operation.what, Action)]
-
-
-def _other_sides(operation: Operation) -> list[Operation]:
-    """The operation that a send or receive ends together with."""
-    message = operation.what
-    if isinstance(message, Action):
-        return []
-    return [Operation(message.receiver if operation.rank == message.sender else message.sender, message)]
-
-
-class _Queues:
-    """The streams and hardware queues of one rank's device; streams take queues in turn."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.latest: dict[tuple[int, int, str] | None, Operation] = {}
-        self.queue_of: dict[tuple[int, int, str] | None, int] = {None: 0}
-        self.latest_in: dict[int, Operation] = {}
-
-    def before(self, operation: Operation) -> Iterator[_Instant]:
-        """What ``operation``, issued next, comes after: the end of the one before it in its stream, and the start of
-        the one before it in its queue."""
-        what = operation.what
-        stream = None if isinstance(what, Action) else (what.sender, what.receiver, STREAMS[what.action.kind])
-        queue = self.queue_of.setdefault(stream, len(self.queue_of) % self.number)
-        if stream in self.latest:
-            yield _Instant(self.latest[stream], True)
-        if queue in self.latest_in:
-            yield _Instant(self.latest_in[queue], False)
-        self.latest[stream] = self.latest_in[queue] = operation
+    def _synchronize(self, number: int, ends: Iterable[int]) -> None:
+        """Wait for the device, so that nothing else needs to wait for what it has done."""
+        self.goes_on = {self.instants.as_soon_as({*self.goes_on, *ends}, (self.rank, number))}
+        for waited in (self.ends, self.last_ends, self.last_starts):
+            waited.clear()

@@ -7,6 +7,7 @@ import sys
 from array import array
 
 from .action import KINDS, Action
+from .collection import uncollected
 from .costs import CostModel
 from .list_scheduler import Window
 from .planner import Choice, Planner
@@ -16,6 +17,7 @@ NUMBERS_OF_ACTION = 3
 """Four bytes each, little-endian: the stage, the place of the kind in ``KINDS``, the micro-batch or window."""
 
 
+@uncollected()
 def written(planner: Planner) -> bytes:
     """What ``planner`` chose, and its windows up to the end of those that repeat, or all that it looked at."""
     _, end = planner.steady_windows()

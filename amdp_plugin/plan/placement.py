@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,4 @@ class Placement:
         return tuple(
             tuple(stage for stage, ranks in enumerate(self.holders) if rank in ranks)
             for rank in range(self.num_ranks)
-        )
-
-    @cached_property
-    def neighbours(self) -> Sequence[tuple[int, ...]]:
-        """For every rank, the other ranks with which it exchanges activations and gradients, ascending."""
-        pairs = {pair for row in self.ranks for pair in [*pairwise(row), *pairwise(reversed(row))]}
-        return tuple(
-            tuple(sorted(peer for other, peer in pairs if other == rank != peer)) for rank in range(self.num_ranks)
         )

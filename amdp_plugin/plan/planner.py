@@ -70,7 +70,7 @@ class Planner:
         """Windows after which the program repeats; ``None`` until that is known."""
         self._windows: list[Window] = []
         self._states: dict[object, int] = {}
-        self._postings: dict[int, tuple[Postings, ...]] = {}
+        self._postings: dict[tuple[int, bool], tuple[Postings, ...]] = {}
         self.choice = choice or _choose(schedule, self.costs)
         self.schedule = _candidates(schedule)[self.choice.candidate]
         self._list_scheduler = ListScheduler(self.schedule, self.costs, self.schedule.priorities[self.choice.order])
@@ -90,13 +90,13 @@ class Planner:
         row, micro_batches = self._windows[index - shift][rank], self.schedule.micro_batches
         return tuple(action.shifted(shift, micro_batches) for action in row) if shift else row
 
-    def postings(self, index: int, rank: int) -> Postings:
+    def postings(self, index: int, rank: int, landing: bool = False) -> Postings:
         """When ``rank`` begins to receive what is sent to it in window ``index``; see :mod:`.postings`."""
         shift = self._shift(index)
         like = index - shift
-        if like not in self._postings:
-            self._postings[like] = postings(self.schedule, self._windows[like], self.costs)
-        return shifted(self._postings[like][rank], shift, self.schedule.micro_batches)
+        if (like, landing) not in self._postings:
+            self._postings[like, landing] = postings(self.schedule, self._windows[like], self.costs, landing)
+        return shifted(self._postings[like, landing][rank], shift, self.schedule.micro_batches)
 
     def window(self, index: int) -> Window:
         """The actions of window ``index``, one row a rank."""
@@ -119,8 +119,10 @@ class Planner:
             limit = min(512, max(4, ACTIONS_TO_EXAMINE // per_window))
         while self.period is None and len(self._windows) < limit:
             self._generate()
+        if self.period is None:  # others may have asked for later windows
+            return limit // 2, limit
         count = len(self._windows)
-        return (count - self.period, count) if self.period else (count // 2, count)
+        return count - self.period, count
 
     def settled_windows(self) -> range:
         """Windows that repeat for ever, and so late that what is backwarded in them was forwarded in such ones.

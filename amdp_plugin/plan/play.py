@@ -35,25 +35,29 @@ def play(
     done: set[Place] = set()
     entered: set[tuple[int, int]] = set()
     waiting: dict[Place, list[int]] = {}
+    meeting: dict[Place, list[int]] = {}
+    """Ranks that wait for others to do an action, and to enter it."""
     blocked: dict[int, tuple[int, Action, Place]] = {}
+    unseen: dict[int, Iterator[Place]] = {}
+    """Of a rank that waits, what its action needs beside what was looked at."""
     runnable = deque(range(len(rows)))
 
-    def missing_for(rank: int, action: Action) -> Place | None:
-        missing = None
-        for place in chain(schedule.dependencies(rank, action), others(rank, action)):
+    def not_done(rank: int, action: Action) -> Place | None:
+        needs = unseen.pop(rank, None) or chain(schedule.dependencies(rank, action), others(rank, action))
+        for place in needs:
             if place not in done:
-                missing = place
-                break
-        meeting = schedule.meeting(rank, action)
-        if missing is not None or not meeting:
-            return missing
-        window = action.index
-        if (rank, window) not in entered:
+                unseen[rank] = needs
+                return place
+        return None
+
+    def not_entered(rank: int, action: Action) -> Place | None:
+        met, window = schedule.meeting(rank, action), action.index
+        if met and (rank, window) not in entered:
             entered.add((rank, window))
-            for place in meeting:
+            for place in met:
                 if place[0] == rank:
-                    runnable.extend(waiting.pop(place, ()))
-        return next((place for place in meeting if (place[0], window) not in entered), None)
+                    runnable.extend(meeting.pop(place, ()))
+        return next((place for place in met if (place[0], window) not in entered), None)
 
     while runnable:
         rank = runnable.popleft()
@@ -61,9 +65,11 @@ def play(
         row = rows[rank]
         while position[rank] < len(row):
             action = row[position[rank]]
-            missing = missing_for(rank, action)
+            missing, waits = not_done(rank, action), waiting
+            if missing is None:
+                missing, waits = not_entered(rank, action), meeting
             if missing is not None:
-                waiting.setdefault(missing, []).append(rank)
+                waits.setdefault(missing, []).append(rank)
                 blocked[rank] = (position[rank], action, missing)
                 break
             yield rank, action

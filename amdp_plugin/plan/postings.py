@@ -5,8 +5,8 @@ On a GPU a receive occupies the device until its message comes, and a host that 
 too. So no receive may begin whose message depends on what its own rank has not started yet. Beginning no later than
 that leaves every send a receive that has begun, so that sends do not wait either.
 
-New weights of a stage come straight into the weights, and so only when those are no longer used; a tied weight's come
-into buffers.
+New weights of a stage come straight into the weights, and so only when those are no longer used, unless that leads to
+ranks that wait for each other; a tied weight's come into buffers.
 
 Messages that are sent in a window are received from the opening of the receiver's same window on: a run may end with
 any window.
@@ -17,32 +17,26 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from graphlib import TopologicalSorter
-from typing import NamedTuple
 
-from .action import REDUCE, UPDATE, Action
+from .action import UPDATE, Action
 from .costs import CostModel
+from .messages import Message, messages
 from .program import Row
 from .schedule import Place, Schedule
-
-
-class Message(NamedTuple):
-    """From one rank to another, named by the action of the receiver that needs it."""
-
-    sender: int
-    receiver: int
-    action: Action
-
 
 Postings = Mapping[Action | None, tuple[Message, ...]]
 """Of one rank and window: after which of its actions it begins to receive what; ``None`` at the opening."""
 
 
-def postings(schedule: Schedule, window: Sequence[Row], costs: CostModel) -> tuple[Postings, ...]:
+def postings(
+    schedule: Schedule, window: Sequence[Row], costs: CostModel, landing: bool = False
+) -> tuple[Postings, ...]:
     """For every rank, when it begins to receive what others send to it in ``window``.
 
     Args:
         window: what every rank does in it.
         costs: decide between the orders that are possible.
+        landing: whether new weights come into memory of their own, and so while those that they replace are used.
     """
     found: list[defaultdict[Action | None, list[Message]]] = [defaultdict(list) for _ in window]
     begun: list[int] = [0 for _ in window]
@@ -51,7 +45,7 @@ def postings(schedule: Schedule, window: Sequence[Row], costs: CostModel) -> tup
         for message in messages(schedule, rank, action):
             receiver = message.receiver
             row, count = window[receiver], begun[receiver]
-            if action.kind == UPDATE and not schedule.sharing.is_tied(action.stage):
+            if action.kind == UPDATE and not landing and not schedule.sharing.is_tied(action.stage):
                 count = max(count, _used_until(row, action))
             found[receiver][row[count - 1] if count else None].append(message)
         begun[rank] += 1
@@ -95,19 +89,6 @@ def shifted(begun: Postings, windows: int, micro_batches: int) -> Postings:
         )
         for after, received in begun.items()
     }
-
-
-def messages(schedule: Schedule, rank: int, action: Action) -> Iterator[Message]:
-    """What ``rank`` sends when it has done ``action``."""
-    sent = schedule.message(rank, action)
-    if sent is not None:
-        yield Message(rank, *sent)
-    if action.kind in (REDUCE, UPDATE):
-        home, *guests = schedule.sharing.holders[action.stage]
-        if action.kind == UPDATE and rank == home:
-            yield from (Message(home, guest, action) for guest in guests)
-        elif action.kind == REDUCE and rank != home:
-            yield Message(rank, home, action)
 
 
 def _in_turn(schedule: Schedule, window: Sequence[Row], costs: CostModel) -> list[Place]:

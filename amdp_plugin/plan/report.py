@@ -11,7 +11,9 @@ from textwrap import wrap
 from typing import Any
 
 from .action import BACKWARD, UPDATE
-from .decisions import WindowsAgo, check_decisions, windows_ago
+from .collection import uncollected
+from .decisions import WindowsAgo, windows_ago
+from .devices import Provision, provide
 from .extrapolation import Extrapolation, planned_extrapolation
 from .laws import PROGRESS, ProgramError
 from .planner import Planner
@@ -71,6 +73,7 @@ class Report:
         optimizer_states_by_rank: stages whose optimizer state a rank keeps. Under 1F1B all three are 1.
         tied: weights that several stages share: how late they are on each, and copies of them and of their gradients.
         deadlock_free: whether no rank waits for ever; ``breach`` says who does.
+        provision: what ranks have on GPUs, so that this holds there, too; ``None`` where that was not asked for.
         verified_windows: windows on which all laws were checked, from the first on.
         period: windows after which everything repeats, so that the laws hold for ever; ``None`` when no
             repetition was seen in ``verified_windows``, and the figures are those of the later half of these.
@@ -109,6 +112,7 @@ class Report:
     tied: tuple[TiedWeight, ...]
     deadlock_free: bool
     breach: str | None
+    provision: Provision | None
     verified_windows: int
     period: int | None
 
@@ -129,6 +133,7 @@ class Report:
             *_item("largest gap", f"{_count(self.max_version_gap, 'update')} between a forward and its backward "
                    f"({self.max_version_gap_stated} stated); staleness {self.max_staleness}", width),
             *_item("deadlock-free", self._proof(), width),
+            *(_item("on GPUs", self._provided(self.provision), width) if self.provision else ()),
             *_item("gap", f"by stage: {_numbers(self.version_gap_by_stage)}", width),
             *_item("mismatched", f"micro-batches of a window, by stage: {_numbers(self.mismatched_by_stage)}", width),
             *_item("in flight", f"at most, by rank: {_numbers(self.peak_in_flight_by_rank)}", width),
@@ -165,6 +170,10 @@ class Report:
         delays = _numbers(self.update_delay_by_stage)
         return DECIDED[self.decisions] + (f" (by stage: {delays})" if self.decisions == "relayed" else "")
 
+    def _provided(self, provision: Provision) -> str:
+        replicated = f"; {provision}" if self.directions > 1 else ""
+        return f"yes, with messages that occupy their device until they are received, as NCCL's do{replicated}"
+
     def _proof(self) -> str:
         if self.breach is not None:
             return f"NO: {self.breach.splitlines()[0]}"
@@ -175,23 +184,25 @@ class Report:
         return f"{checked}, and {repeat} for ever"
 
 
-def report(planner: Planner, windows: int, master_weights: bool = False) -> Report:
+@uncollected()
+def report(planner: Planner, windows: int, master_weights: bool = False, on_devices: bool = False) -> Report:
     """The figures of ``planner``'s schedule under its costs.
 
     Args:
         windows: that the user asked to see.
         master_weights: whether optimizers step master copies.
+        on_devices: whether to prove it for GPUs, too, and say what that takes (:mod:`.devices`).
 
     Raises:
-        ProgramError: when the schedule breaks a law. Only ranks that wait for each other (law 3) are reported
-            instead, by ``deadlock_free``.
+        ProgramError: when the schedule breaks a law, or nothing makes it run on GPUs. Only ranks that wait for each
+            other (law 3) are reported instead, by ``deadlock_free``.
     """
     schedule, opening = planner.schedule, planner.schedule.opening()
+    begins = Planner(opening, planner.costs) if opening else None
     settled = planner.settled_windows()
     first, last = settled.start, settled.stop
     program = planner.program(last)
-    ago = windows_ago(planner)
-    order, breach = _proof(program, ago)
+    order, ago, breach = _proof(planner, program)
     timing = simulate(program, planner.costs, order)
     found = versions(program)
     utilization, seconds = timing.utilization(first, last), timing.seconds_per_window(first, last)
@@ -218,7 +229,7 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
         windows_ago=ago,
         update_delay_by_stage=schedule.update_delay,
         flush_first=schedule.flush_first,
-        opening_forwards_per_window=report(Planner(opening, planner.costs), 1).forwards_per_window if opening else None,
+        opening_forwards_per_window=report(begins, 1).forwards_per_window if begins else None,
         coefficient=coefficient(schedule, staleness),
         extrapolation=extrapolation,
         master_weights=master_weights,
@@ -231,22 +242,23 @@ def report(planner: Planner, windows: int, master_weights: bool = False) -> Repo
         tied=tied_weights(planner, settled),
         deadlock_free=breach is None,
         breach=breach,
+        provision=provide([planner, begins] if begins else [planner]) if on_devices and not breach else None,
         verified_windows=last,
         period=planner.period,
     )
 
 
-def _proof(program: Program, ago: WindowsAgo | None) -> tuple[Sequence[Place] | None, str | None]:
-    """(an order of its actions, ``None``), or (``None``, who waits for whom)."""
+def _proof(
+    planner: Planner, program: Program
+) -> tuple[Sequence[Place] | None, WindowsAgo | None, str | None]:
+    """(an order of its actions, the sums that its updates take, ``None``), or at the end who waits for whom."""
     try:
         order = verify(program)
-        if ago is not None:
-            check_decisions(program, ago)
-        return order, None
+        return order, windows_ago(planner, order), None
     except ProgramError as error:
         if error.law != PROGRESS.number:
             raise
-        return None, str(error)
+        return None, None, str(error)
 
 
 def _gap_by_stage(schedule: Schedule, found: Mapping[tuple[int, int], Version]) -> tuple[int, ...]:

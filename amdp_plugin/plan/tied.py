@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
-from .devices import RECEIVE_BUFFERS
+from .devices import ON_HOSTS
 from .laws import BOUNDS, ORDER, PLACES, WINDOWS, breach
 from .planner import Planner
 from .program import Program
@@ -152,7 +152,7 @@ def buffers(planner: Planner, rank: int, unit: int, windows: range) -> tuple[int
     what is computed with, at most."""
     home, *guests = planner.schedule.sharing.holders[unit]
     if rank == home:
-        return 1, min(len(guests), RECEIVE_BUFFERS)
+        return 1, min(len(guests), ON_HOSTS.gradient_buffers)
     values = sums = most_values = most_sums = 0
     for change in _changes(planner, rank, unit, windows.stop):
         values, sums = values + change[0], sums + change[1]

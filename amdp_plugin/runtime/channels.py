@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,21 +12,10 @@ from torch import Tensor
 from ..plan.action import BACKWARD, FORWARD, Action
 from ..plan.schedule import Schedule
 from .torch_private import storage_uses
-from .transport import (
-    ACTIVATION_TAG,
-    CONTROL_TAGS,
-    GRADIENT_TAG,
-    HEADER_TAG,
-    REPORT_TAG,
-    SIGNATURE_TAG,
-    SUM_TAG,
-    Incoming,
-    Transport,
-)
+from .transport import CONTROL_TAGS, HEADER_TAG, REPORT_TAG, SIGNATURE_TAG, SUM_TAG, Incoming, Transport
 from .watch import InStream, Waitable, Watch
 
 Tensors = tuple[Tensor, ...]
-_Sent = tuple[Waitable, Tensor, Action | None]
 
 _DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
@@ -100,6 +90,17 @@ def keep_sent(schedule: Schedule) -> int:
     return schedule.placement.directions * max(schedule.in_flight) + 1
 
 
+class _Sent(NamedTuple):
+    """A message that may be on its way still, and what its tensors are sent from."""
+
+    action: Action | None
+    parts: Sequence[tuple[Waitable, Tensor]]
+
+    def is_over(self) -> bool:
+        """Where a device says so."""
+        return all(isinstance(work, InStream) and work.is_over() for work, _ in self.parts)
+
+
 class _Inbox:
     """Messages of one sender: expected in its order, being received, kept until they are asked for."""
 
@@ -131,7 +132,8 @@ class Channels:
         self.keep_sent, self._dynamic, self._shapes_hint = keep_sent, dynamic_shapes, shapes_hint
         self._pool = BufferPool(transport.device)
         self._inboxes: dict[int, _Inbox] = {}
-        self._outboxes: dict[tuple[int, int], deque[_Sent]] = {}
+        self._outboxes: dict[tuple[int, int | None], deque[_Sent]] = {}
+        """By receiver, and for control messages by their tag, too."""
         self._sent_signatures: dict[tuple[int, int], Signature] = {}
         self._received_signatures: dict[tuple[int, int], Signature] = {}
         self._returning: dict[Action, Signature] = {}
@@ -144,16 +146,14 @@ class Channels:
         Raises:
             ValueError: when shapes or dtypes differ from those agreed on and dynamic shapes were not asked for.
         """
-        tag = ACTIVATION_TAG if action.kind == FORWARD else GRADIENT_TAG
         if action.kind == FORWARD:
             signature = Signature.of(tensors)
             self._agree(receiver, action, signature)
             if returns is not None:
                 self._returning[returns] = signature.gradients()
-        for tensor in tensors:
-            with self._watch.guard("sending", action, receiver):
-                sent = self._transport.send(tensor, receiver, tag)
-            self._keep(receiver, tag, action, *sent)
+        with self._watch.guard("sending", action, receiver):
+            parts = [self._transport.send(tensor, receiver, action.kind) for tensor in tensors]
+        self._keep(receiver, None, _Sent(action, parts))
 
     def expect(self, sender: int, action: Action) -> None:
         """Begin to receive the message for ``action``, which ``sender`` sends next to this rank.
@@ -233,8 +233,8 @@ class Channels:
 
     def _send_control(self, values: Tensor, receiver: int, tag: int, action: Action | None) -> None:
         with self._watch.guard("sending", action, receiver):
-            sent = self._transport.send_control(values, receiver, tag)
-        self._keep(receiver, tag, action, *sent)
+            part = self._transport.send_control(values, receiver, tag)
+        self._keep(receiver, tag, _Sent(action, [part]))
 
     def _receive_control(self, target: Tensor, sender: int, tag: int, what: str, action: Action | None) -> Tensor:
         with self._watch.guard(what, action, sender):
@@ -242,18 +242,19 @@ class Channels:
         self._watch.wait(work, what, action, sender, name=what)
         return target
 
-    def _keep(self, receiver: int, tag: int, action: Action | None, work: Waitable, tensor: Tensor) -> None:
+    def _keep(self, receiver: int, tag: int | None, sent: _Sent) -> None:
         """Hold on to what is being sent; a gloo send never says that it is done, so the program tells when."""
         outbox = self._outboxes.setdefault((receiver, tag), deque())
-        while outbox and isinstance(outbox[0][0], InStream) and outbox[0][0].is_over():
+        while outbox and outbox[0].is_over():
             outbox.popleft()
-        outbox.append((work, tensor, action))
+        outbox.append(sent)
         if len(outbox) > self.keep_sent:
             self._reap(receiver, outbox)
 
     def _reap(self, receiver: int, outbox: deque[_Sent]) -> None:
-        work, _, action = outbox.popleft()
-        self._watch.wait(work, "sending", action, receiver)
+        sent = outbox.popleft()
+        for work, _ in sent.parts:
+            self._watch.wait(work, "sending", sent.action, receiver)
 
     def _agree(self, receiver: int, action: Action, signature: Signature) -> None:
         agreed = self._sent_signatures.get((receiver, action.stage))
@@ -280,10 +281,9 @@ class Channels:
     def _post(self, sender: int, inbox: _Inbox, signature: Signature) -> None:
         action, direct = inbox.expected.popleft()
         self._returning.pop(action, None)
-        tag = ACTIVATION_TAG if action.kind == FORWARD else GRADIENT_TAG
         with self._watch.guard("receiving", action, sender):
             incoming = [
-                self._transport.receive(self._pool.get(shape, dtype), sender, tag, direct)
+                self._transport.receive(self._pool.get(shape, dtype), sender, action.kind, direct)
                 for shape, dtype in signature.specs
             ]
         inbox.posted.append((action, incoming))

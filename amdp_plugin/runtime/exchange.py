@@ -1,8 +1,9 @@
 """What the replicas of a stage exchange: gradients to its home, weights back.
 
 Every action starts its messages and goes on. The home receives into buffers of its own, used again and again; a
-guest receives straight into its weights, and waits for them only before it uses the stage again. When either begins,
-the plan says. Sums are taken in one order, home first, so that they do not depend on who is late.
+guest receives straight into its weights, unless it may use them meanwhile, and waits for them only before it uses the
+stage again. When either begins, the plan says. Sums are taken in one order, home first, so that they do not depend on
+who is late.
 
 A weight that several stages share is exchanged likewise, but that its guests send and receive in memory of their own,
 of several windows at once where windows are short, and take the oldest value when the program says so.
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.action import REDUCE, UPDATE, Action
-from ..plan.devices import RECEIVE_BUFFERS
+from ..plan.devices import Provision
 from ..plan.postings import next_guest
 from ..plan.schedule import Schedule
-from .replica import Home
+from .replica import Guest, Home
 from .tied import Replicas, TiedGuest, tied_guests
-from .transport import GRADIENT_TAG, WEIGHT_TAG, Incoming, Transport
+from .transport import Incoming, Transport
 from .watch import Waitable, Watch
 
 
@@ -45,67 +46,61 @@ class _Sent(NamedTuple):
     tensor: Tensor
 
 
-def weight_links(schedule: Schedule) -> set[tuple[int, int]]:
-    """The directed pairs (home, guest) of ranks over which new weights go."""
-    return {(home, guest) for home, *guests in schedule.sharing.holders for guest in guests}
-
-
-def gradient_links(schedule: Schedule) -> set[tuple[int, int]]:
-    """The directed pairs (guest, home) of ranks over which gradients go."""
-    return {(guest, home) for home, guest in weight_links(schedule)}
-
-
 class Exchange:
     """One rank's side.
 
     Args:
         schedule: tells who holds what.
         replicas: the stages and tied weights on this rank that others hold too.
-        gradients: messages over :func:`gradient_links` alone. Two ranks may be guests of each other, and NCCL has no
-            tags: gradients one way and weights the same way must not share a communicator.
-        weights: messages over :func:`weight_links` alone.
+        transport: the raw messages.
         watch: bounds and records the waits.
-        gradient_buffers: guests of a stage whose gradients its home receives at once.
+
+    Attributes:
+        landing: as in :class:`.Provision`, of which :meth:`provide` tells before the first window.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        replicas: Replicas,
-        gradients: Transport,
-        weights: Transport,
-        watch: Watch,
-        gradient_buffers: int = RECEIVE_BUFFERS,
-    ) -> None:
+    def __init__(self, schedule: Schedule, replicas: Replicas, transport: Transport, watch: Watch) -> None:
         self._holders, self._is_tied = schedule.sharing.holders, schedule.sharing.is_tied
-        self._replicas, self._watch = replicas, watch
-        self._transports = {GRADIENT_TAG: gradients, WEIGHT_TAG: weights}
+        self._replicas, self._transport, self._watch = replicas, transport, watch
         self._homes = {stage: replica for stage, replica in replicas.items() if isinstance(replica, Home)}
-        self._free = {
-            stage: [home.gradient_buffers() for _ in range(min(gradient_buffers, len(self._holders[stage]) - 1))]
-            for stage, home in self._homes.items()
-        }
-        self._kept = [buffer for free in self._free.values() for buffers in free for buffer in buffers]
+        self._free: dict[int, list[list[Tensor]]] = {stage: [] for stage in self._homes}
+        self._kept: list[Tensor] = []
         self._begun: dict[int, dict[int, bool]] = {stage: {} for stage in self._homes}
         """Guests whose gradients may be received, and whether they come directly (:attr:`.Transport.direct`)."""
         self._receiving: dict[int, dict[int, _Receiving]] = {stage: {} for stage in self._homes}
         self._arriving: dict[int, deque[_Arriving]] = {}
         """Of every guest, the values that are received, in the order in which they come."""
         self._sent: dict[int, list[_Sent]] = {}
+        self.landing = False
+
+    def provide(self, provision: Provision) -> None:
+        """Take the memory for what is received; nothing may be in flight."""
+        self.landing = provision.landing
+        for stage, free in self._free.items():
+            while len(free) < min(provision.gradient_buffers, len(self._holders[stage]) - 1):
+                free.append(self._homes[stage].gradient_buffers())
+                self._kept += free[-1]
+        for guest in self._guests():
+            guest.land(self.landing)
 
     def buffers(self) -> Iterator[Tensor]:
         """The memory that exchanging takes on this rank, beside the replicas' own."""
         yield from self._kept
         for home in self._homes.values():
             yield from home.send_buffers
-        for guest in tied_guests(self._replicas):
-            yield from guest.buffers()
+        for guest in self._guests():
+            yield from guest.landing
+        for tied in tied_guests(self._replicas):
+            yield from tied.buffers()
+
+    def _guests(self) -> list[Guest]:
+        return [replica for replica in self._replicas.values() if isinstance(replica, Guest)]
 
     def receive(self, sender: int, action: Action) -> None:
         """Begin to receive what ``action`` takes: at home the gradients of the guest ``sender``, as soon as there is a
-        buffer; on a guest the new weights, so that nothing may use a stage before :meth:`settle`."""
+        buffer; on a guest the new weights, which it uses from :meth:`settle` on."""
         if action.kind == REDUCE:
-            self._begun[action.stage][sender] = self._transports[GRADIENT_TAG].direct
+            self._begun[action.stage][sender] = self._transport.direct
             self._receive_gradients(action, self._holders[action.stage][1:])
         else:
             self._receive_weights(action)
@@ -114,7 +109,7 @@ class Exchange:
         """On a guest, send the window's gradients home; at home, add those of the guests, one after the other."""
         replica = self._replicas[action.stage]
         if not isinstance(replica, Home):
-            self._send(action, replica.outgoing(), self._holders[action.stage][:1], GRADIENT_TAG)
+            self._send(action, replica.outgoing(), self._holders[action.stage][:1])
             return
         guests = self._holders[action.stage][1:]
         for added, guest in enumerate(guests, start=1):
@@ -128,7 +123,7 @@ class Exchange:
     def send_weights(self, action: Action) -> None:
         """At home, after the step: start to send the new weights to the guests."""
         self._reap(action.stage)
-        self._send(action, self._homes[action.stage].weights(), self._holders[action.stage][1:], WEIGHT_TAG)
+        self._send(action, self._homes[action.stage].weights(), self._holders[action.stage][1:])
 
     def pass_on(self, action: Action) -> None:
         """Of a tied weight: at home, after its stage's step, start to send it; on a guest, take the value."""
@@ -141,12 +136,13 @@ class Exchange:
         replica, home = self._replicas[action.stage], self._holders[action.stage][0]
         assert not isinstance(replica, Home)
         with self._watch.guard("receiving", action, home):
-            incoming = [self._receive(flat, home, WEIGHT_TAG) for flat in replica.incoming()]
+            incoming = [self._receive(flat, home, action) for flat in replica.incoming()]
         self._arriving.setdefault(action.stage, deque()).append(_Arriving(action, incoming))
 
-    def settle(self, stage: int) -> None:
-        """Wait until the weights of ``stage`` are there, if they are on their way."""
-        while self._arriving.get(stage):
+    def settle(self, stage: int, updates: float = inf) -> None:
+        """Wait until ``stage`` has the weights that so many updates made, if they are on their way."""
+        arriving = self._arriving.get(stage)
+        while arriving and arriving[0].action.index < updates:
             self._take(stage)
 
     def _take(self, stage: int) -> None:
@@ -162,8 +158,7 @@ class Exchange:
 
     def go_direct(self) -> None:
         """A window is over in which all kernels were loaded: see :class:`.Transport`."""
-        for transport in self._transports.values():
-            transport.direct = True
+        self._transport.direct = True
 
     def drain(self) -> None:
         """See all messages through."""
@@ -182,10 +177,10 @@ class Exchange:
             home, *guests = self._holders[stage]
             action, tensors = Action(stage, UPDATE, 0), _all_tensors(module)
             if stage in self._homes:
-                self._send(action, tensors, guests, WEIGHT_TAG)
+                self._send(action, tensors, guests)
                 continue
             for tensor in tensors:
-                incoming = self._receive(torch.empty_like(tensor), home, WEIGHT_TAG)
+                incoming = self._receive(torch.empty_like(tensor), home, action)
                 self._wait([incoming], action, home)
                 tensor.copy_(incoming.finish())
         for guest in tied_guests(self._replicas):
@@ -219,9 +214,9 @@ class Exchange:
         home, *guests = self._holders[unit]
         action, copies = Action(unit, UPDATE, 0), [tensor.clone() for tensor in tensors]
         if unit in self._homes:
-            self._send(action, copies, guests, WEIGHT_TAG)
+            self._send(action, copies, guests)
             return copies
-        incoming = [self._receive(copy, home, WEIGHT_TAG) for copy in copies]
+        incoming = [self._receive(copy, home, action) for copy in copies]
         self._wait(incoming, action, home)
         return [message.finish() for message in incoming]
 
@@ -232,19 +227,19 @@ class Exchange:
             direct = begun.pop(guest)
             buffers = free.pop()
             with self._watch.guard("receiving", action, guest):
-                incoming = [self._receive(buffer, guest, GRADIENT_TAG, direct) for buffer in buffers]
+                incoming = [self._receive(buffer, guest, action, direct) for buffer in buffers]
             receiving[guest] = _Receiving(buffers, incoming)
 
-    def _send(self, action: Action, tensors: Iterable[Tensor], receivers: Iterable[int], tag: int) -> None:
+    def _send(self, action: Action, tensors: Iterable[Tensor], receivers: Iterable[int]) -> None:
         tensors, kept = list(tensors), self._sent.setdefault(action.stage, [])
         for receiver in receivers:
             with self._watch.guard("sending", action, receiver):
                 for tensor in tensors:
-                    kept.append(_Sent(action, receiver, *self._transports[tag].send(tensor, receiver, tag)))
+                    kept.append(_Sent(action, receiver, *self._transport.send(tensor, receiver, action.kind)))
 
-    def _receive(self, target: Tensor, sender: int, tag: int, direct: bool | None = None) -> Incoming:
-        transport = self._transports[tag]
-        return transport.receive(target, sender, tag, transport.direct if direct is None else direct)
+    def _receive(self, target: Tensor, sender: int, action: Action, direct: bool | None = None) -> Incoming:
+        direct = self._transport.direct if direct is None else direct
+        return self._transport.receive(target, sender, action.kind, direct)
 
     def _wait(self, incoming: Iterable[Incoming], action: Action, sender: int) -> None:
         for message in incoming:

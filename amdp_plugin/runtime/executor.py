@@ -1,4 +1,4 @@
-"""Runs one rank's program, window after window, against a small worker interface."""
+"""Runs one rank's program, window after window: says when its worker does what."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .extrapolation import ExtrapolatedWeights
 from .kept_weights import KeptWeights
 from .timeline import Timeline
 from .watch import Watch
-from .work import Worker
+from .worker import StagesWorker
 
 
 class Executor:
@@ -38,7 +38,7 @@ class Executor:
         self,
         planner: Planner,
         rank: int,
-        worker: Worker,
+        worker: StagesWorker,
         channels: Channels | None,
         watch: Watch,
         exchange: Exchange | None = None,
@@ -191,7 +191,8 @@ class Executor:
 
     def _look_up_postings(self) -> None:
         """Look up when this rank begins to receive what the others send to it in this window."""
-        begun = self._running.postings(self.window - self._base, self.rank)
+        landing = self._exchange is not None and self._exchange.landing
+        begun = self._running.postings(self.window - self._base, self.rank, landing)
         self._postings = shifted(begun, self._base, self.schedule.micro_batches)
         actions = [message.action for messages in self._postings.values() for message in messages]
         headers = [self._window_and_direction(action) for action in actions if self._opens_window(action)]
@@ -360,7 +361,7 @@ class Executor:
 
     def _settle(self, stage: int) -> None:
         if self._exchange is not None:
-            self._exchange.settle(stage)
+            self._exchange.settle(stage, self.versions[stage])
 
     def _take_snapshot(self, action: Action, window: int, direction: int) -> None:
         """Before a direction's first forward for a window that has not begun: what :meth:`quiesce` would return to."""

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..plan.action import Action
 from ..plan.costs import CostModel
 from ..plan.decisions import windows_ago
-from ..plan.devices import RECEIVE_BUFFERS, gradient_buffers
-from ..plan.placement import Placement
+from ..plan.devices import ON_HOSTS
+from ..plan.messages import Stream, links
 from ..plan.planner import Planner
 from ..plan.report import Report, report
 from ..plan.schedule import Schedule
@@ -30,7 +30,7 @@ from .agreement import plan_together
 from .channels import Channels, keep_sent
 from .decisions import Decisions
 from .device import device_of
-from .exchange import Exchange, gradient_links, weight_links
+from .exchange import Exchange
 from .executor import Executor
 from .extrapolation import ExtrapolatedWeights
 from .feed import Feed
@@ -161,17 +161,8 @@ class Pipeline:
         )
         self.replicas, self._replicated = replicas, modules
         if self.schedule.reduces or self.schedule.tied:
-            gradients = self._make_transport(gradient_links(self.schedule))
-            weights = self._make_transport(weight_links(self.schedule))
-            # Elsewhere no message occupies a device, and nothing ever waits for the whole of one.
-            programs = [planner for planner in (self._planner, self._opening) if planner is not None]
-            on_device = self.site.device.type == "cuda"
-            received = max(map(gradient_buffers, programs)) if on_device else RECEIVE_BUFFERS
-            for unit, replica in replicas.items():
-                if isinstance(replica, TiedGuest):
-                    taken = [buffers(each, self.site.rank, unit, each.settled_windows()) for each in programs]
-                    replica.provide(*map(max, zip(*taken, strict=True)))
-            self.exchange = Exchange(self.schedule, replicas, gradients, weights, self.watch, received)
+            transport = self._make_transport(Stream.GRADIENTS, Stream.WEIGHTS)
+            self.exchange = Exchange(self.schedule, replicas, transport, self.watch)
         self.copy_home()
 
     def start(self, worker: StagesWorker, window: int, modules: Iterable[nn.Module]) -> None:
@@ -182,13 +173,17 @@ class Pipeline:
         """
         self._unchecked, self._worker = tuple(modules), worker
         schedule = self.schedule
-        self.planned = report(self._planner, windows=1, master_weights=self.feedback.has_masters)
+        on_device = self.site.device.type == "cuda"
+        self.planned = report(self._planner, 1, self.feedback.has_masters, on_device)
+        if self.exchange is not None:
+            self.exchange.provide(self.planned.provision or ON_HOSTS)
+            self._provide_tied()
         self.feedback.begin(self.planned.coefficient)
         self.extrapolation.begin(self.planned.extrapolation)
         if self.channels is not None:
             self.channels.keep_sent = keep_sent(schedule)
         elif schedule.num_ranks > 1:
-            transport = self._make_transport(stage_links(schedule.placement))
+            transport = self._make_transport(Stream.PIPELINE)
             site = self.site
             self.channels = Channels(
                 transport, self.watch, keep_sent(schedule), site.dynamic_shapes, site.shapes_hint
@@ -202,6 +197,13 @@ class Pipeline:
             self.decisions, self.extrapolation,
         )  # fmt: skip
         self.executor.restart(window)
+
+    def _provide_tied(self) -> None:
+        programs = [planner for planner in (self._planner, self._opening) if planner is not None]
+        for unit, replica in self.replicas.items():
+            if isinstance(replica, TiedGuest):
+                taken = [buffers(each, self.site.rank, unit, each.settled_windows()) for each in programs]
+                replica.provide(*map(max, zip(*taken, strict=True)))
 
     def replan(self, schedule: Schedule) -> None:
         """Take ``schedule``, with windows of another size, for the next :meth:`start`; nothing may be in flight."""
@@ -339,25 +341,22 @@ class Pipeline:
             return found, None
         return found, plan_together(opening, self._costs, self.site.group, self.site.device)
 
-    def _make_transport(self, pairs: Iterable[tuple[int, int]]) -> Transport:
+    def _make_transport(self, *streams: Stream) -> Transport:
+        """Of these alone: over gloo, a large gradient would hold up activations on the same connection."""
         site = self.site
         channels = MAX_CHANNELS
         if site.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(site.device).multi_processor_count
             channels = channels_of_a_message(multiprocessors, most_links(self.schedule))
-        self._transports.append(Transport(site.ranks, pairs, site.device, site.timeout_seconds, channels))
+        chosen = links(self.schedule, *streams)
+        self._transports.append(Transport(site.ranks, chosen, site.device, site.timeout_seconds, channels))
         return self._transports[-1]
-
-
-def stage_links(placement: Placement) -> list[tuple[int, int]]:
-    """The directed pairs of ranks over which activations and their gradients go."""
-    return [(rank, peer) for rank, peers in enumerate(placement.neighbours) for peer in peers]
 
 
 def most_links(schedule: Schedule) -> int:
     """The links of the rank that has most: each can have one message under way on the rank's device."""
-    links = [*stage_links(schedule.placement), *gradient_links(schedule), *weight_links(schedule)]
-    return max(Counter(rank for link in links for rank in link).values(), default=0)
+    ends = (rank for link in links(schedule, *Stream) for rank in (link.sender, link.receiver))
+    return max(Counter(ends).values(), default=0)
 
 
 def _close(reference: weakref.ref[Pipeline]) -> None:

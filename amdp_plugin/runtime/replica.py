@@ -77,12 +77,14 @@ class Guest:
     Attributes:
         weights: a tensor for every dtype of the parameters.
         gradients: the sums of gradients, in the same order.
+        landing: where new weights are received, if that is not straight in :attr:`weights`.
     """
 
     def __init__(self, module: nn.Module, sum_dtype: torch.dtype | None = None) -> None:
         groups = _groups(module)
         self.weights = [_flat(group, group[0].dtype) for group in groups]
         self.gradients = [_flat(group, sum_dtype or group[0].dtype).zero_() for group in groups]
+        self.landing: list[Tensor] = []
         self._sums: list[tuple[nn.Parameter, Tensor]] = []
         for group, weights, gradients in zip(groups, self.weights, self.gradients, strict=True):
             for (parameter, weight), (_, total) in zip(_parts(group, weights), _parts(group, gradients), strict=True):
@@ -105,12 +107,19 @@ class Guest:
         """The gradients to be sent."""
         return self.gradients
 
-    def incoming(self) -> list[Tensor]:
-        """Where the new weights are received: straight in those that the stage computes with."""
-        return self.weights
+    def land(self, landing: bool) -> None:
+        """Whether new weights are received beside those that the stage computes with; nothing may be on its way."""
+        self.landing = [torch.empty_like(weights) for weights in self.weights] if landing else []
 
+    def incoming(self) -> list[Tensor]:
+        """Where the new weights are received: by default straight in those that the stage computes with."""
+        return self.landing or self.weights
+
+    @torch.no_grad()
     def arrived(self) -> None:
-        """The new weights are there, and the home has had the gradients."""
+        """The new weights are there: compute with them. The home has had the gradients."""
+        for weights, landed in zip(self.weights, self.landing, strict=False):
+            weights.copy_(landed)
         self.clear()
 
     def clear(self) -> None:

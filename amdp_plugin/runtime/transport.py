@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..plan.messages import STREAMS, Link, Stream
 from .groups import MAX_CHANNELS, Group
 from .watch import InStream, Waitable
 
-ACTIVATION_TAG, GRADIENT_TAG, WEIGHT_TAG, SIGNATURE_TAG, HEADER_TAG, REPORT_TAG, SUM_TAG = range(1, 8)
+SIGNATURE_TAG, HEADER_TAG, REPORT_TAG, SUM_TAG = range(len(Stream) + 1, len(Stream) + 5)
 WATCHDOG = 10
 """NCCL gives a message up after this many times its limit, counted from when its receive begins. Until then a wait that
 is too long has raised its own error, unless the host itself is held by CUDA, which waits for the device."""
@@ -44,9 +45,9 @@ def wire(tensor: Tensor) -> Tensor:
 class Transport:
     """Point-to-point messages of one pipeline. Every rank of the pipeline makes it at the same point.
 
-    Small control messages go over gloo, whatever the device. Tensors go over gloo, or, for CUDA devices
-    where NCCL is the job's backend, over one NCCL communicator per directed pair, because NCCL has no
-    tags and matches messages in the order of issue per communicator.
+    Small control messages go over gloo, whatever the device. Tensors go over gloo, where their stream is their tag, or,
+    for CUDA devices where NCCL is the job's backend, over one NCCL communicator per link, because NCCL has no tags and
+    matches messages in the order of issue per communicator.
 
     Even there they go through the hosts' memory at first: a message on a device occupies it until its peer is there,
     and whatever then waits for the whole device (kernels that are loaded, memory that is taken for the first time,
@@ -58,7 +59,7 @@ class Transport:
 
     Args:
         ranks: global rank of each pipeline rank.
-        links: the directed pairs (pipeline ranks) that exchange tensors.
+        links: what tensors go over, between pipeline ranks.
         device: where tensors live.
         timeout_seconds: bound on every operation of the groups.
         max_channels: multiprocessors that a message may take.
@@ -67,7 +68,7 @@ class Transport:
     def __init__(
         self,
         ranks: Sequence[int],
-        links: Iterable[tuple[int, int]],
+        links: Iterable[Link],
         device: torch.device,
         timeout_seconds: float,
         max_channels: int = MAX_CHANNELS,
@@ -75,49 +76,53 @@ class Transport:
         self.ranks, self.device, self.direct = list(ranks), device, False
         timeout = timedelta(seconds=timeout_seconds)
         self._control = Group(self.ranks, "gloo", timeout)
-        self._groups: dict[tuple[int, int], Group] = {}
+        self._groups: dict[Link, Group] = {}
         self.rank = me = self.ranks.index(dist.get_rank())
         if device.type == "cuda" and "nccl" in str(dist.get_backend()):
-            for link in sorted(set(links)):
-                if me in link:
-                    pair = [self.ranks[rank] for rank in link]
+            for link in sorted(links):
+                if me in (link.sender, link.receiver):
+                    pair = [self.ranks[link.sender], self.ranks[link.receiver]]
                     self._groups[link] = Group(pair, "nccl", WATCHDOG * timeout, max_channels)
-                    self._connect(*link, timeout)
+                    self._connect(link, timeout)
 
-    def _connect(self, sender: int, receiver: int, timeout: timedelta) -> None:
+    def _connect(self, link: Link, timeout: timedelta) -> None:
         """Make the communicator now, in the order common to all: NCCL would make it at the first message."""
-        probe = torch.zeros(1, device=self.device)
-        group = self._groups[sender, receiver]
-        if self.rank == sender:
-            group.send(probe, self.ranks[receiver], 0).wait(timeout)
+        probe, group = torch.zeros(1, device=self.device), self._groups[link]
+        if self.rank == link.sender:
+            group.send(probe, self.ranks[link.receiver], link.stream).wait(timeout)
         else:
-            group.receive(probe, self.ranks[sender], 0).wait(timeout)
+            group.receive(probe, self.ranks[link.sender], link.stream).wait(timeout)
 
-    def send(self, tensor: Tensor, receiver: int, tag: int) -> tuple[Waitable, Tensor]:
-        """Start to send; the tensor that comes back must live, unchanged, until the work is done."""
-        data, group = wire(tensor), self._group(self.rank, receiver, self.direct)
+    def send(self, tensor: Tensor, receiver: int, kind: str) -> tuple[Waitable, Tensor]:
+        """Start to send what an action of ``kind`` needs; the tensor that comes back must live, unchanged, until the
+        work is done."""
+        link = Link(self.rank, receiver, STREAMS[kind])
+        data, group = wire(tensor), self._group(link, self.direct)
         if group is self._control and data.is_cuda:
             pinned = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
             pinned.copy_(data, non_blocking=True)
             torch.cuda.current_stream(self.device).synchronize()
             data = pinned
-        return self._waitable(group, group.send(data, self.ranks[receiver], tag)), data
+        return self._waitable(group, group.send(data, self.ranks[receiver], link.stream)), data
 
-    def receive(self, target: Tensor, sender: int, tag: int, direct: bool) -> Incoming:
+    def receive(self, target: Tensor, sender: int, kind: str, direct: bool) -> Incoming:
         """Start to receive into ``target``, contiguous and of the shape and dtype that are coming.
 
         Args:
+            kind: of the action that needs it.
             direct: what :attr:`direct` is in the window that the message is sent in.
         """
-        landed, group = wire(target), self._group(sender, self.rank, direct)
+        link = Link(sender, self.rank, STREAMS[kind])
+        landed, group = wire(target), self._group(link, direct)
         if group is not self._control or not target.is_cuda:
-            return Incoming(self._waitable(group, group.receive(landed, self.ranks[sender], tag)), target, target)
+            work = group.receive(landed, self.ranks[sender], link.stream)
+            return Incoming(self._waitable(group, work), target, target)
         landed = torch.empty(landed.shape, dtype=landed.dtype, pin_memory=True)
-        work = group.receive(landed, self.ranks[sender], tag)
+        work = group.receive(landed, self.ranks[sender], link.stream)
         return Incoming(work, landed.view(torch.bool) if target.dtype == torch.bool else landed, target)
 
-    def _group(self, sender: int, receiver: int, direct: bool) -> Group:
-        return self._groups.get((sender, receiver), self._control) if direct else self._control
+    def _group(self, link: Link, direct: bool) -> Group:
+        return self._groups[link] if direct and self._groups else self._control
 
     def _waitable(self, group: Group, work: dist.Work) -> Waitable:
         return work if group is self._control else InStream(work)

@@ -1,4 +1,4 @@
-"""What the workers of all hosts share (``runtime.work.Worker``): data, random numbers, guests, cancelling."""
+"""What a rank can do, and what of it is the same under all hosts: data, random numbers, guests, cancelling."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from .tied import Replicas, tied_guests
 
 
 class StagesWorker(ABC):
-    """The stages of one rank. A host says how its stages compute.
+    """The stages of one rank. The executor says when, a host how they compute.
+
+    Micro-batches and windows are numbered from the job's start.
 
     Args:
         schedule: what is run.
@@ -51,7 +53,7 @@ class StagesWorker(ABC):
 
     @abstractmethod
     def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
-        """See :meth:`.Worker.forward`; random numbers are those of its direction."""
+        """As :meth:`forward`; random numbers are those of its direction."""
 
     @abstractmethod
     def run_backward(self, action: Action, gradients: Tensors | None) -> Tensors:
@@ -63,19 +65,20 @@ class StagesWorker(ABC):
 
     @abstractmethod
     def close(self, update: Action) -> None:
-        """See :meth:`.Worker.close`."""
+        """The window of ``update`` has closed, which comes later."""
 
     @abstractmethod
     def drop(self, update: Action) -> None:
-        """See :meth:`.Worker.drop`."""
+        """``update``, of a window that has closed, is not made."""
 
     @abstractmethod
     def update(self, action: Action) -> None:
-        """See :meth:`.Worker.update`."""
+        """At the home of a stage: apply the window's mean gradient to it, under the graphs that are alive."""
 
     @abstractmethod
     def end_of_backwards(self, window: int, direction: int) -> None:
-        """See :meth:`.Worker.end_of_backwards`."""
+        """The last stage of ``direction`` has sent its last gradient of ``window``, whose update is still to come:
+        time to report the loss."""
 
     @abstractmethod
     def parked(self) -> Iterable[Tensor]:
@@ -84,10 +87,12 @@ class StagesWorker(ABC):
     # The same everywhere
 
     def has_window(self, window: int) -> bool:
+        """Where a first or last stage is: whether there is data for the whole window."""
         assert self.feed is not None, "the ranks of first and last stages need data"
         return self.feed.has((window + 1) * self.schedule.micro_batches - 1)
 
     def parameters(self, stage: int) -> list[nn.Parameter]:
+        """Those of ``stage`` that are trained."""
         return [parameter for parameter in self.module(stage).parameters() if parameter.requires_grad]
 
     @contextmanager
@@ -107,10 +112,13 @@ class StagesWorker(ABC):
         return self.feed.take(micro_batch)
 
     def forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
+        """Forward one micro-batch; ``inputs`` is ``None`` on the first stage, the result on the last."""
         with self.streams.drawing(action.index % self.directions):
             return self.run_forward(action, inputs)
 
     def backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
+        """Accumulate the gradients of one micro-batch. Takes those of the forward's floating-point outputs
+        (``None`` on the last stage), returns those of its floating-point inputs (``None`` on the first)."""
         inputs = self.run_backward(action, gradients)
         replica = self.replicas.get(action.stage)
         if isinstance(replica, Guest):
@@ -118,14 +126,23 @@ class StagesWorker(ABC):
         return None if action.stage == 0 else gradients_of(inputs)
 
     def release(self, action: Action) -> None:
+        """The backward ``action`` is done and will not be cancelled: its data may go."""
         if self.feed is not None:
             self.feed.release(action.index)
 
     def snapshot(self, action: Action) -> Any:
+        """Whatever the forward ``action`` is going to change besides its output: random state, buffers."""
         direction = action.index % self.directions
         return direction, self.streams.states()[direction], action.stage, copy_buffers(self.module(action.stage))
 
     def cancel(self, forwards: Sequence[Action], backwards: Sequence[Action], snapshots: Sequence[Any]) -> None:
+        """Forget what is in flight.
+
+        Args:
+            forwards: those without a backward yet.
+            backwards: those for a window that has not begun. Nothing else is in the sums of gradients then.
+            snapshots: of before the first cancelled forwards, one for every direction that had any.
+        """
         for action in forwards:
             self.forget(action)
         for _, _, micro_batch in (*forwards, *backwards):

@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 
-from amdp_plugin.plan.action import Action
+from amdp_plugin.plan.action import FORWARD, Action
+from amdp_plugin.plan.messages import Link, Stream
 from amdp_plugin.runtime.device import device_of
 from amdp_plugin.runtime.timeline import Timeline
-from amdp_plugin.runtime.transport import ACTIVATION_TAG, HEADER_TAG, Transport
+from amdp_plugin.runtime.transport import HEADER_TAG, Transport
 from amdp_plugin.runtime.watch import PipelineStallError, Watch
 from tests import devices
 from tests.processes import run_ranks
@@ -21,7 +22,7 @@ LATE_SECONDS = 1.0
 
 def make(rank: int, timeout_seconds: float) -> tuple[Transport, Watch]:
     device = devices.device()
-    transport = Transport(range(2), [(0, 1)], device, timeout_seconds)
+    transport = Transport(range(2), [Link(0, 1, Stream.PIPELINE)], device, timeout_seconds)
     transport.direct = True
     watch = Watch(rank, timeout_seconds, Timeline(device=device_of(device)))
     watch.in_first_window = False
@@ -37,11 +38,11 @@ def wait_for_a_late_message(rank: int) -> dict[str, float]:
     if rank == 0:
         transport.receive_control(ready, 1, HEADER_TAG).wait()
         time.sleep(LATE_SECONDS)
-        transport.send(value, 1, ACTIVATION_TAG)
+        transport.send(value, 1, FORWARD)
         torch.cuda.synchronize()
         return {}
     began = time.monotonic()
-    incoming = transport.receive(value, 0, ACTIVATION_TAG, direct=True)
+    incoming = transport.receive(value, 0, FORWARD, direct=True)
     watch.wait(incoming.work, "receiving", Action(1, "F", 0), 0)
     host = time.monotonic() - began
     doubled = incoming.finish() * 2 + 1
@@ -69,7 +70,7 @@ def wait_for_nothing(rank: int) -> tuple[str, float, float]:
         time.sleep(6)
         return "", 0, 0
     began = time.monotonic()
-    incoming = transport.receive(torch.zeros(4, device=devices.device()), 0, ACTIVATION_TAG, direct=True)
+    incoming = transport.receive(torch.zeros(4, device=devices.device()), 0, FORWARD, direct=True)
     watch.wait(incoming.work, "receiving", Action(1, "F", 0), 0)
     try:
         watch.keep_pace(0)

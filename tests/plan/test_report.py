@@ -168,6 +168,26 @@ def test_ranks_that_wait_for_each_other_are_reported(monkeypatch):
     assert "deadlock-free  NO: paci breaks law 3 at 0R0: rank 0 waits" in found.to_text()
 
 
+def test_what_gpus_need_is_said_where_it_is_asked_for():
+    planner = Planner(schedules.make("amdp", 6, 12))
+    assert report(planner, 1).provision is None and "on GPUs" not in report(planner, 1).to_text()
+    found = report(planner, 1, on_devices=True)
+    assert found.provision == (2, True)
+    said = " ".join(found.to_text().split())
+    assert "a home receives the gradients of 2 guests at once, and guests new weights beside those in use" in said
+    assert json.loads(found.to_json())["provision"] == [2, True]
+    alone = report(Planner(schedules.make("paci", 4, 4)), 1, on_devices=True)
+    assert alone.provision == (1, False) and "guest" not in alone.to_text()
+
+
+def test_what_repeats_is_the_same_whatever_windows_were_looked_at():
+    schedule = schedules.make("amdp", 10, 20)
+    fresh, used = Planner(schedule), Planner(schedule)
+    used.window(fresh.steady_windows(4)[1] + 2)
+    assert fresh.period is None or fresh.period == used.period
+    assert used.steady_windows(4) == fresh.steady_windows(4)
+
+
 def test_text():
     text = figures("paci", 8, 8).to_text()
     assert text.splitlines()[0] == (

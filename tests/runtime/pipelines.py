@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from amdp_plugin.plan.costs import CostModel
 from amdp_plugin.plan.decisions import windows_ago
-from amdp_plugin.plan.devices import RECEIVE_BUFFERS
+from amdp_plugin.plan.devices import ON_HOSTS, Provision
 from amdp_plugin.plan.extrapolation import planned_extrapolation
+from amdp_plugin.plan.messages import Link, Stream, links
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.staleness import planned_coefficient
 from amdp_plugin.runtime.channels import Channels, keep_sent
 from amdp_plugin.runtime.decisions import Decisions
-from amdp_plugin.runtime.exchange import Exchange, gradient_links, weight_links
+from amdp_plugin.runtime.exchange import Exchange
 from amdp_plugin.runtime.executor import Executor
 from amdp_plugin.runtime.feedback import ErrorFeedback
-from amdp_plugin.runtime.pipeline import stage_links
 from amdp_plugin.runtime.plain import PlainWorker
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.runtime.tied import tied_guests
@@ -41,10 +43,6 @@ AMDP_SHAPES: list[tuple[int, int, dict[str, Any]]] = [
     (8, 8, {"directions": 2}),
 ]
 """Stages, micro-batches of a window and options: windows below, at and above the stages, from one direction to N/2."""
-
-
-Links = Iterable[tuple[int, int]]
-"""Directed pairs of ranks that exchange tensors."""
 
 
 class Case(NamedTuple):
@@ -80,8 +78,8 @@ def make_channels(
     rank: int, stages: int, timeout_seconds: float = 30, keep_sent: int | None = None, **chosen: Any
 ) -> tuple[Channels, Watch]:
     watch = Watch(rank, timeout_seconds)
-    links = [(rank, peer) for rank in range(stages) for peer in (rank - 1, rank + 1) if 0 <= peer < stages]
-    transport = Transport(range(stages), links, devices.device(), timeout_seconds)
+    neighbours = links(make("1f1b", stages, 1), Stream.PIPELINE)
+    transport = Transport(range(stages), neighbours, devices.device(), timeout_seconds)
     return Channels(transport, watch, keep_sent=keep_sent or stages + 1, **chosen), watch
 
 
@@ -90,19 +88,20 @@ def make_executor(
     case: Case,
     feed: Iterator[Any] | None = None,
     timeout_seconds: float = 30,
-    make_transport: Callable[[Links], Transport] | None = None,
-    gradient_buffers: int = RECEIVE_BUFFERS,
+    make_transport: Callable[[set[Link]], Transport] | None = None,
+    provision: Provision = ON_HOSTS,
 ) -> tuple[Executor, PlainWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
 
-    def transport(links: Links) -> Transport:
-        return Transport(range(case.stages), links, devices.device(), timeout_seconds)
+    def transport(chosen: set[Link]) -> Transport:
+        return Transport(range(case.stages), chosen, devices.device(), timeout_seconds)
 
     make_transport = make_transport or transport
     planner = Planner(case.make(), case.costs())
     schedule, placement = planner.schedule, planner.schedule.placement
     watch = Watch(rank, timeout_seconds)
-    channels = Channels(make_transport(stage_links(placement)), watch, keep_sent(schedule), case.dynamic_shapes)
+    neighbours = make_transport(links(schedule, Stream.PIPELINE))
+    channels = Channels(neighbours, watch, keep_sent(schedule), case.dynamic_shapes)
     built = case.build()
     modules = {stage: built[stage].to(devices.device()) for stage in placement.stages[rank]}
     optimizers = {
@@ -118,8 +117,9 @@ def make_executor(
     )
     exchange = None
     if schedule.reduces or schedule.tied:
-        gradients, weights = make_transport(gradient_links(schedule)), make_transport(weight_links(schedule))
-        exchange = Exchange(schedule, worker.replicas, gradients, weights, watch, gradient_buffers)
+        exchanged = make_transport(links(schedule, Stream.GRADIENTS, Stream.WEIGHTS))
+        exchange = Exchange(schedule, worker.replicas, exchanged, watch)
+        exchange.provide(provision)
     torch.manual_seed(100 + rank)
     opening = schedule.opening()
     first = Planner(opening, case.costs()) if opening else None
@@ -141,6 +141,37 @@ def run_parts(executor: Executor, parts: Iterable[int]) -> None:
         for _ in range(windows):
             executor.run_window()
         executor.quiesce()
+
+
+class Parts:
+    """An iterator that ends at the end of each part, and goes on when the job takes up the next."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = list(parts)
+
+    def __iter__(self) -> Parts:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.parts[0])
+
+    @classmethod
+    def of(cls, counts: Iterable[int]) -> Parts:
+        """:func:`placed`, in parts of so many micro-batches."""
+        ends = [0, *accumulate(counts)]
+        return cls(*(islice(placed(), first, last) for first, last in pairwise(ends)))
+
+
+def run_to_the_ends(executor: Executor, feed: Parts) -> list[int]:
+    """Run all parts of its data; returns the windows at which it found their ends."""
+    windows = []
+    while feed.parts:
+        with pytest.raises(StopIteration, match="the data ends before"):
+            while True:
+                executor.run_window()
+        windows.append(executor.window)
+        feed.parts.pop(0)
+    return windows
 
 
 def make_oracle(case: Case) -> SerialPipeline:

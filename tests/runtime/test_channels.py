@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from amdp_plugin.plan.action import Action
-from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.channels import BufferPool, Signature
-from amdp_plugin.runtime.exchange import gradient_links, weight_links
 from amdp_plugin.runtime.watch import PipelineStallError, Watch
 from tests.processes import outcomes, run_ranks
 
@@ -204,16 +202,3 @@ def directions(rank: int) -> list[object]:
 
 def test_every_direction_has_its_own_order_of_control_messages() -> None:
     assert run_ranks(2, directions)[1] == [True, False, 1.0, 0.0]
-
-
-@pytest.mark.parametrize(("stages", "directions"), [(4, 2), (8, 4), (12, 6)])
-def test_gradients_and_weights_share_no_link(stages: int, directions: int) -> None:
-    """Two ranks may be guests of each other, so that both kinds go the same way; NCCL could not tell them apart. On
-    each of the two link sets a pair carries one stage alone, window by window."""
-    schedule = make("amdp", stages, 2 * directions, directions=directions)
-    placement = schedule.placement
-    for links, first in ((weight_links(schedule), 0), (gradient_links(schedule), 1)):
-        of_stage = [(home, guest) for home, *guests in placement.holders for guest in guests]
-        pairs = [pair if first == 0 else pair[::-1] for pair in of_stage]
-        assert sorted(links) == sorted(pairs) and len(set(pairs)) == len(pairs)
-    assert weight_links(schedule) & gradient_links(schedule), "such pairs exist"

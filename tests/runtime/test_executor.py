@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, islice, pairwise
+from itertools import islice
 from typing import Any
 
 import pytest
 
 from tests.processes import run_ranks
 
-from .pipelines import Case, assert_equals_oracle, make_executor, make_oracle, oracle_of_parts, placed, result
+from .pipelines import (
+    Case,
+    Parts,
+    assert_equals_oracle,
+    make_executor,
+    make_oracle,
+    oracle_of_parts,
+    placed,
+    result,
+    run_to_the_ends,
+)
 
 CASES = [
     Case("paci", 2, 2),
@@ -43,30 +53,10 @@ def test_quiesce_is_a_cut(case: Case) -> None:
     assert_equals_oracle(found, oracle_of_parts(case, parts))
 
 
-class Parts:
-    """An iterator that ends at the end of each part, and goes on when the job takes up the next."""
-
-    def __init__(self, *parts: Any) -> None:
-        self.parts = list(parts)
-
-    def __iter__(self) -> Parts:
-        return self
-
-    def __next__(self) -> Any:
-        return next(self.parts[0])
-
-
 def train_to_the_end(rank: int, case: Case, counts: tuple[int, ...]) -> dict[str, Any]:
-    ends = [0, *accumulate(counts)]
-    feed = Parts(*(islice(placed(), first, last) for first, last in pairwise(ends)))
+    feed = Parts.of(counts)
     executor, worker = make_executor(rank, case, feed)
-    windows = []
-    while feed.parts:
-        with pytest.raises(StopIteration, match="the data ends before"):
-            while True:
-                executor.run_window()
-        windows.append(executor.window)
-        feed.parts.pop(0)
+    windows = run_to_the_ends(executor, feed)
     return {**result(executor, worker), "windows": windows}
 
 
@@ -85,7 +75,7 @@ def test_data_that_ends_loses_nothing(case: Case, rest: int) -> None:
 
 
 def train_one_iterator_a_window(rank: int, case: Case, windows: int) -> dict[str, Any]:
-    feed = Parts(*(islice(placed(), w * case.micro_batches, (w + 1) * case.micro_batches) for w in range(windows)))
+    feed = Parts.of([case.micro_batches] * windows)
     executor, worker = make_executor(rank, case, feed)
     for _ in range(windows):
         executor.run_window()

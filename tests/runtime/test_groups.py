@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from amdp_plugin.plan.action import FORWARD
 from amdp_plugin.plan.schedule import Schedule
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.groups import channels_of_a_message, interface
 from amdp_plugin.runtime.pipeline import most_links
-from amdp_plugin.runtime.transport import ACTIVATION_TAG, Transport
+from amdp_plugin.runtime.transport import Transport
 
 from ..processes import run_ranks
 from .pipelines import Case, make_executor
@@ -32,10 +33,10 @@ def _after_destroy(rank: int) -> float:
     dist.destroy_process_group()
     try:
         if rank == 0:
-            work, data = transport.send(torch.full((4,), 7.0), 1, ACTIVATION_TAG)
+            work, data = transport.send(torch.full((4,), 7.0), 1, FORWARD)
             work.wait()
             return float(data.sum())
-        incoming = transport.receive(torch.zeros(4), 0, ACTIVATION_TAG, direct=False)
+        incoming = transport.receive(torch.zeros(4), 0, FORWARD, direct=False)
         incoming.work.wait()
         return float(incoming.finish().sum())
     finally:
