@@ -79,7 +79,7 @@ def test_plans_of_the_documents_can_be_made(
     assert capfdbinary.readouterr().out or list(tmp_path.iterdir())
 
 
-def test_what_the_engine_prints_is_what_the_readme_shows(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_the_plan_says_is_what_the_readme_shows(capfd: pytest.CaptureFixture[str]) -> None:
     (shown,) = re.findall(r"```text\n(paci: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert main(["plan", "--schedule", "paci", "--stages", "8", "--micro-batches", "8"]) == 0
     assert capfd.readouterr().out.startswith(shown)
