@@ -122,8 +122,9 @@ def _replace_tensors() -> None:
     type_of = torch.Tensor.type
 
     def type_as_on_gpu(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        found = type_of(tensor, *arguments, **options)
-        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) else found
+        found = type_of(tensor, *arguments, **options)  # within a mode of torch's, it asks this function again
+        replaces = isinstance(found, str) and not found.startswith("torch.cuda.")
+        return found.replace("torch.", "torch.cuda.", 1) if replaces else found
 
     torch.Tensor.type = type_as_on_gpu
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *arguments, **options: self

@@ -7,9 +7,10 @@ With ``cuda`` all ranks share one GPU and talk over gloo; with ``nccl`` each ran
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 VARIABLE = "AMDP_TEST_DEVICE"
 """Ranks inherit it; ``pytest --device`` sets it."""
@@ -57,6 +58,11 @@ def start_method() -> str:
     return "forkserver" if on_gpu() else "fork"
 
 
+def patience() -> int:
+    """Times longer than on the CPU that ranks may be apart: each has a device to make ready first."""
+    return 3 if on_gpu() else 1
+
+
 def local_rank(rank: int) -> int:
     """The number of the GPU that ``rank`` uses; on the CPU its own number, as launchers set it."""
     return 0 if chosen() in ("cuda", "nccl-shared") else rank
@@ -76,15 +82,11 @@ def settle_rank(rank: int) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def drawn_from(state: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Of a host's random state, what the oracle keeps: torch's generators, of the CPU and the device."""
+    return tuple(state[where] for where in ("cpu", "device") if state[where] is not None)
+
+
 def place(value: Tensor) -> Tensor:
     """``value`` where this process computes."""
     return value.to(device())
-
-
-class Dropout(nn.Dropout):
-    """Draws on the CPU, whatever the device: the oracle keeps a stream of each rank's CPU generator, and no other."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda or not self.training:
-            return super().forward(x)
-        return x * nn.functional.dropout(torch.ones(x.shape, dtype=x.dtype), self.p).to(x.device)

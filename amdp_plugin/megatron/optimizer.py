@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..runtime.decisions import Answers, answering
 from ..runtime.parking import BufferSums, Parking
@@ -95,14 +95,16 @@ class OptimizerSteps:
         self._zero()
 
     def _squares(self) -> Tensor:
-        """Of the stage's gradients, as Megatron sums them up, with the loss scale in them."""
+        """Of the stage's gradients, those that Megatron takes for the norm, with the loss scale in them. Megatron's own
+        function would have the host wait for the number, and without fused kernels for that of every parameter."""
+        gradients: list[Tensor] = []
         for each in members(self._optimizer):
             # Preparing them would unscale them, and decide about the scale.
             getattr(each, "_copy_model_grads_to_main_grads", each.prepare_grads)()
-        heard: list[Tensor] = []
-        with answering(dist, self._norm_group, OPERATIONS, heard.append, lambda flag: None):
-            self._optimizer.get_grad_norm()
-        return heard[0]
+            gradients += each.get_main_grads_for_grad_norm()
+        squares = nn.utils.get_total_norm(gradients).square().to(next(self._chunk.parameters()).device)
+        dist.all_reduce(squares, group=self._norm_group)
+        return squares
 
     def _loss_scale(self) -> float:
         """The present one; 1 without fp16."""

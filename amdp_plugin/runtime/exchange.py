@@ -28,6 +28,9 @@ from .tied import Replicas, TiedGuest, tied_guests
 from .transport import Incoming, Transport
 from .watch import Waitable, Watch
 
+CONTIGUOUS = torch.contiguous_format
+"""Of what is received into; a buffer of a module may be laid out otherwise."""
+
 
 class _Receiving(NamedTuple):
     buffers: list[Tensor]
@@ -180,7 +183,7 @@ class Exchange:
                 self._send(action, tensors, guests)
                 continue
             for tensor in tensors:
-                incoming = self._receive(torch.empty_like(tensor), home, action)
+                incoming = self._receive(torch.empty_like(tensor, memory_format=CONTIGUOUS), home, action)
                 self._wait([incoming], action, home)
                 tensor.copy_(incoming.finish())
         for guest in tied_guests(self._replicas):
@@ -212,7 +215,7 @@ class Exchange:
             The home's; ``tensors`` are as many of the same shapes and dtypes everywhere.
         """
         home, *guests = self._holders[unit]
-        action, copies = Action(unit, UPDATE, 0), [tensor.clone() for tensor in tensors]
+        action, copies = Action(unit, UPDATE, 0), [tensor.clone(memory_format=CONTIGUOUS) for tensor in tensors]
         if unit in self._homes:
             self._send(action, copies, guests)
             return copies

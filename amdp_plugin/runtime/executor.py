@@ -178,6 +178,7 @@ class Executor:
         """Make, or forget, the updates of windows that have closed which stand in a later one."""
         for stage in self.versions:
             while self.versions[stage] < self.window:
+                self._watch.keep_pace(0)
                 update = Action(stage, UPDATE, self.versions[stage])
                 if updates:
                     self._update(update)
@@ -322,6 +323,7 @@ class Executor:
         self._whole[stage] += 1
         if self._whole[stage] > len(self.schedule.sharing.of_stage[stage]):
             self._whole[stage] = 0
+            self._watch.keep_pace(0)  # as before a step
             with self._computing(update := Action(stage, UPDATE, window)):
                 self._worker.close(update)
 

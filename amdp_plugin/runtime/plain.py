@@ -19,7 +19,7 @@ from .feed import Feed
 from .feedback import ErrorFeedback
 from .losses import WindowLosses
 from .parking import AttributeSums, Parking
-from .random_streams import RandomStreams
+from .random_streams import Generators, RandomStreams, generators_of
 from .replica import make_replicas
 from .stage import Loss, Stage, as_tuple, input_leaf
 from .tied import make_tied
@@ -38,6 +38,7 @@ class PlainWorker(StagesWorker):
         loss: of the last stage, a scalar.
         data: where a first or last stage is, the ``(input, label)`` micro-batches of all directions.
         tied: of the stage here, the parameter of every weight that the schedule ties, ``None`` where it has no part.
+        generators: what layers draw random numbers from; by default torch's own, where ``modules`` are.
         coefficient: of error feedback, from :func:`.plan.staleness.planned_coefficient`; ``None`` without.
         clipping: the largest norm of the gradients of all stages, as far as decisions tell them; 0 for any.
 
@@ -57,11 +58,12 @@ class PlainWorker(StagesWorker):
         coefficient: float | None = None,
         clipping: float = 0.0,
         tied: Sequence[nn.Parameter | None] = (),
+        generators: Generators | None = None,
     ) -> None:
         feed = Feed(lambda: next(data), partial(schedule.placement.is_end, rank)) if data else None
         shared, self.tied_modules = make_tied(schedule, rank, tied)
         replicas = {**make_replicas(schedule.placement, rank, modules), **shared}
-        streams = RandomStreams(schedule.placement.directions)
+        streams = RandomStreams(schedule.placement.directions, generators or generators_of(modules.values()))
         super().__init__(schedule, feed, streams, WindowLosses(), replicas)
         self.modules, self._optimizers, self.reported = modules, optimizers, dict[int, float]()
         self.feedback = {

@@ -6,15 +6,16 @@ forward draws does not depend on the other directions, and a cancelled forward t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 
 class Generators(NamedTuple):
-    """All generators that layers draw from, as one.
+    """All generators that layers draw from, the CPU's among them, as one.
 
     Args:
         get: returns their state.
@@ -27,11 +28,32 @@ class Generators(NamedTuple):
     seed: Callable[[int], Any]
 
 
-CPU = Generators(torch.get_rng_state, torch.set_rng_state, torch.manual_seed)
-"""torch's own on the CPU."""
+def together(generators: Sequence[torch.Generator]) -> Generators:
+    """``generators`` as one, whose state is the tuple of theirs."""
+
+    def get() -> tuple[torch.Tensor, ...]:
+        return tuple(generator.get_state() for generator in generators)
+
+    def put(states: tuple[torch.Tensor, ...]) -> None:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+    def seed(number: int) -> None:
+        for generator in generators:
+            generator.manual_seed(number)
+
+    return Generators(get, put, seed)
 
 
-def split(directions: int, generators: Generators = CPU) -> list[Any]:
+def generators_of(modules: Iterable[nn.Module]) -> Generators:
+    """What the layers of ``modules`` draw from: torch's own generators, of the CPU and of each device that they are
+    on."""
+    places = {tensor.device for module in modules for tensor in (*module.parameters(), *module.buffers())}
+    indices = sorted(place.index for place in places if place.type == "cuda")
+    return together([torch.default_generator, *(torch.cuda.default_generators[index] for index in indices)])
+
+
+def split(directions: int, generators: Generators) -> list[Any]:
     """A state for each direction: the present one for the first, others seeded with numbers that it would draw."""
     present = generators.get()
     seeds = torch.randint(2**62, (directions,)).tolist()
@@ -51,7 +73,7 @@ class RandomStreams:
         generators: what is drawn from.
     """
 
-    def __init__(self, directions: int, generators: Generators = CPU) -> None:
+    def __init__(self, directions: int, generators: Generators) -> None:
         self._directions, self._generators = directions, generators
         self._states: list[Any] = []
 

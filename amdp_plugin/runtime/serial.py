@@ -24,7 +24,7 @@ from ..plan.play import play
 from ..plan.schedule import Schedule
 from ..plan.staleness import planned_coefficient
 from ..plan.verify import verify
-from .random_streams import split
+from .random_streams import Generators, generators_of, split
 from .runnable import check_runnable
 from .serial_extrapolation import SerialExtrapolation
 from .serial_replica import Replica, sum_of
@@ -73,6 +73,7 @@ class SerialPipeline:
         decide: then called with a stage's master parameters, gradients set, and the sum, before each step.
         loss_scale: with a master dtype, what the loss is multiplied with before its backward, and its gradients divided
             by as they are summed up; takes the updates that the last stage has had at the forward.
+        generators: what layers draw random numbers from; by default torch's own, where ``stages`` are.
 
     Attributes:
         schedule: of alternatives, the chosen one. One with windows of another size may be put in its place.
@@ -99,6 +100,7 @@ class SerialPipeline:
         decide: Callable[[list[nn.Parameter], float], Any] = lambda parameters, total: None,
         loss_scale: Callable[[int], float] = lambda updates: 1.0,
         tied: Tied = (),
+        generators: Generators | None = None,
     ) -> None:
         check_runnable(schedule)
         if len(stages) != schedule.num_stages:
@@ -120,9 +122,10 @@ class SerialPipeline:
         ]
         self.optimizers = [make_optimizer(masters) for masters in self._masters]
         self._extrapolation = SerialExtrapolation(self._masters, self.optimizers)
-        ranks, present = range(schedule.num_ranks), torch.get_rng_state()
-        states = [_random_state(seed) for seed in seeds] if seeds else [present.clone() for _ in ranks]
-        self.random_states = [self._streams(state) for state in states]
+        self._generators = generators or generators_of(self.stages)
+        self.random_states = [
+            self._streams(seeds[rank] if seeds else None) for rank in range(schedule.num_ranks)
+        ]
         self._loss_scale = loss_scale
         self._scales: dict[int, float] = {}
         self._data: dict[int, tuple[Any, Any]] = {}
@@ -209,12 +212,12 @@ class SerialPipeline:
             if self._replicas[stage][rank] is self._home(stage):
                 self._close(stage, index)
         elif kind in (FORWARD, BACKWARD):
-            outside, direction = torch.get_rng_state(), index % self.schedule.placement.directions
-            torch.set_rng_state(self.random_states[rank][direction])
+            outside, direction = self._generators.get(), index % self.schedule.placement.directions
+            self._generators.put(self.random_states[rank][direction])
             run = self._forward if kind == FORWARD else self._backward
             run(self._replicas[stage][rank], stage, index)
-            self.random_states[rank][direction] = torch.get_rng_state()
-            torch.set_rng_state(outside)
+            self.random_states[rank][direction] = self._generators.get()
+            self._generators.put(outside)
 
     def _forward(self, replica: Replica, stage: int, index: int) -> None:
         value = self._data[index][0] if stage == 0 else self._messages.pop((stage, FORWARD, index))
@@ -337,20 +340,15 @@ class SerialPipeline:
         module = deepcopy(stage) if copy else stage
         return Replica(module, self._shared.own(module), dtype, versions)
 
-    def _streams(self, state: Tensor) -> list[Tensor]:
-        """A stream for each direction, from the state of a rank."""
-        outside = torch.get_rng_state()
-        torch.set_rng_state(state)
-        states = split(self.schedule.placement.directions)
-        torch.set_rng_state(outside)
+    def _streams(self, seed: int | None) -> list[Any]:
+        """For a rank, a stream for each direction."""
+        outside = self._generators.get()
+        if seed is not None:
+            self._generators.seed(seed)
+        states = split(self.schedule.placement.directions, self._generators)
+        self._generators.put(outside)
         return states
-
-
 
 
 def _master(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone().to(dtype or parameter.dtype))
-
-
-def _random_state(seed: int) -> Tensor:
-    return torch.Generator().manual_seed(seed).get_state()

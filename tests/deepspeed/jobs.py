@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 import amdp_plugin
 import amdp_plugin.deepspeed.entry
+from amdp_plugin.deepspeed.random_state import GENERATORS
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.serial import SerialPipeline
 from tests import devices
 from tests.processes import run_ranks
 from tests.runtime.models import KINDS, OPTIMIZERS, ROWS, Plain, Recomputed, data, loss
-from tests.runtime.pipelines import placed
+from tests.runtime.pipelines import assert_same_random, placed
 
 # What every rank would do anew: build (the first time ever) and load an extension, try which others would build.
 build_shm_op()
@@ -160,10 +161,10 @@ def plain(engine: Any) -> list[Tensor]:
     return seen
 
 
-def random_states(engine: Any) -> list[Tensor]:
-    """What this rank's streams of random numbers would draw next, on the CPU."""
+def random_states(engine: Any) -> list[tuple[Tensor, ...]]:
+    """What this rank's streams of random numbers would draw next, on the CPU and the device."""
     pipeline = getattr(engine, "pipeline", None)
-    return [state["cpu"] for state in pipeline.random_streams.states()] if pipeline else [torch.get_rng_state()]
+    return list(map(devices.drawn_from, pipeline.random_streams.states() if pipeline else [GENERATORS.get()]))
 
 
 def stream(engine: Any, job: Job, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -247,11 +248,6 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
         for stage, weights in left["weights"].items():
             assert_same_weights(weights, right["weights"][stage], f"rank {rank}, stage {stage}")
         assert_same_random(left["random"], right["random"], f"rank {rank}")
-
-
-def assert_same_random(left: list[Tensor], right: list[Tensor], where: str) -> None:
-    for direction, (state, other) in enumerate(zip(left, right, strict=True)):
-        assert torch.equal(state, other), f"{where}, direction {direction}: random state"
 
 
 def assert_equals_oracle(found: list[dict[str, Any]], pipeline: SerialPipeline, losses: list[float] | None) -> None:

@@ -193,11 +193,16 @@ def trained_oracle(job: Job, masters: str | None) -> Any:
     return pipeline
 
 
-EVALUATED = [
-    *(Job("paci", 3, 2), Job("paci", 2, 4), Job("paci", 4, 1), Job("1f1b", 3, 2), Job("amdp", 4, 8)),
-    *(Job(AHEAD_PACI, 3, 2), Job(AHEAD_AMDP, 4, 8)),
-    Job(AHEAD_PACI, 3, 2, optimizer="adamw", config=ZERO),
-]
+EVALUATED = {
+    "paci": Job("paci", 3, 2),
+    "paci, long window": Job("paci", 2, 4),
+    "paci, deep": Job("paci", 4, 1),
+    "1f1b": Job("1f1b", 3, 2),
+    "amdp": Job("amdp", 4, 8),
+    "error feedback": Job(AHEAD_PACI, 3, 2),
+    "error feedback, amdp": Job(AHEAD_AMDP, 4, 8),
+    "error feedback, ZeRO-1": Job(AHEAD_PACI, 3, 2, optimizer="adamw", config=ZERO),
+}
 
 
 def evaluate(engine: Any, job: Job, **options: Any) -> float:
@@ -234,7 +239,7 @@ def evaluated_by_the_oracle(job: Job, windows: int, micro_batches: int) -> float
     return float(total / micro_batches)
 
 
-@pytest.mark.parametrize("job", EVALUATED, ids=str)
+@pytest.mark.parametrize("job", EVALUATED.values(), ids=EVALUATED)
 def test_evaluation_changes_nothing(job: Job) -> None:
     """In the middle of a stream; and its value is that of the weights after the latest update, on every rank."""
     plainly, _ = zip(*run_ranks(job.world, with_evaluation, job, False), strict=True)

@@ -17,6 +17,7 @@ import amdp_plugin
 from amdp_plugin.deepspeed import engine as engine_module
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.serial import SerialPipeline
+from tests import devices
 from tests.processes import run_ranks
 from tests.runtime.models import OPTIMIZERS, ROWS, Plain, data, loss
 
@@ -104,7 +105,7 @@ def test_tied_layers_under_1f1b_are_stock() -> None:
 
 def train_fp16(rank: int, job: Job) -> dict[str, Any]:
     get_accelerator().is_fp16_supported = lambda: True  # slow on this CPU, and right
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed(devices.backend())
     torch.manual_seed(5)
     layers = [LayerSpec(Plain) for _ in range(job.stages)]
     module = PipelineModule(

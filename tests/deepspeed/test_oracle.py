@@ -197,7 +197,7 @@ def clip(parameters: list[nn.Parameter], total: float) -> None:
 
 def clip_partitions(parameters: list[nn.Parameter], total: float) -> None:
     """As ZeRO-1 does."""
-    norm = torch.tensor(total).sqrt()
+    norm = devices.place(torch.tensor(total)).sqrt()
     assert norm > LIMIT, "the case must clip"
     for parameter in parameters:
         parameter.grad.mul_(1.0 / torch.clamp((norm + 1e-6) / LIMIT, min=1.0))
@@ -205,7 +205,7 @@ def clip_partitions(parameters: list[nn.Parameter], total: float) -> None:
 
 def clip_masters(parameters: list[nn.Parameter], total: float) -> None:
     """As DeepSpeed does in bf16."""
-    norm = torch.tensor(total).pow(0.5)
+    norm = devices.place(torch.tensor(total)).pow(0.5)
     assert norm > LIMIT, "the case must clip"
     for parameter in parameters:
         parameter.grad.mul_(LIMIT / (norm + 1e-6))

@@ -20,6 +20,7 @@ from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.report import report
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.serial import SerialPipeline
+from tests import devices
 from tests.processes import run_ranks
 from tests.runtime.models import OPTIMIZERS, ROWS, WIDTH, Plain, data, loss
 
@@ -298,7 +299,7 @@ def pairs(stages: int, front: int, back: int) -> list[list[Any]]:
 
 
 def train_between(rank: int, job: Job, front: int, back: int) -> dict[str, Any]:
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed(devices.backend())
     layers = pairs(job.stages, front, back)
     layers[front][0] = TiedLayerSpec("words", Words)
     layers[back][1] = TiedLayerSpec("words", Words, forward_fn=head)

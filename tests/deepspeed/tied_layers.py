@@ -14,7 +14,9 @@ import amdp_plugin
 from amdp_plugin.plan.sharing import Tied
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.settings import Needs, read_schedule
-from tests.runtime.models import OPTIMIZERS, WIDTH, Plain, Recomputed, data, loss
+from tests import devices
+from tests.runtime.models import OPTIMIZERS, WIDTH, Plain, Recomputed, loss
+from tests.runtime.pipelines import assert_same_random, placed
 
 from .jobs import Job, configuration, finish, stream
 
@@ -60,7 +62,7 @@ def middles(stages: int, kind: type[Plain] = Plain) -> list[Plain]:
 def make_tied_engine(rank: int, job: Job, dropout: bool = True) -> Any:
     """Words in front, a layer a stage, and the same words as the head."""
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed("gloo")
+        deepspeed.init_distributed(devices.backend())
     inner = middles(job.stages)
     for layer in inner:
         layer.dropout.p = 0.2 if dropout else 0.0
@@ -89,7 +91,7 @@ def oracle_of_tied(
         layer.dropout.p = 0.2 if dropout else 0.0
     front = RecomputedWords() if recomputed else Words()
     stages: list[Any] = [nn.Sequential(front, inner[0]), *inner[1:-1], Last(inner[-1])]
-    stages = [stage.to(job.dtype) for stage in stages]
+    stages = [stage.to(devices.device(), job.dtype) for stage in stages]
     tied: Tied = ((0, job.stages - 1),)
     schedule = read_schedule(job.schedule, "here").make(job.stages, job.size, Needs(tied=tied))
     pipeline = SerialPipeline(
@@ -98,7 +100,7 @@ def oracle_of_tied(
         tied=[[(0, stages[0][0].weight), (job.stages - 1, stages[-1].words.weight)]],
         **options,
     )  # fmt: skip
-    batches = data(job.dtype)
+    batches = placed(job.dtype)
     return pipeline, [loss for windows in parts for loss in pipeline.train(batches, windows)]
 
 
@@ -111,13 +113,13 @@ def assert_equals_oracle(found: list[dict[str, Any]], pipeline: SerialPipeline, 
         ours = dict(result["weights"][stage])
         if stage in (0, last):
             words, rest = (module[0], module[1]) if stage == 0 else (module.words, module.middle)
-            assert torch.equal(ours.pop("tied_modules.words.weight"), words.weight), f"stage {stage}: words"
+            assert torch.equal(ours.pop("tied_modules.words.weight"), words.weight.cpu()), f"stage {stage}: words"
         else:
             rest = module
         for key, value, expected in zip(ours, ours.values(), rest.state_dict().values(), strict=True):
-            assert torch.equal(value, expected), f"stage {stage}: {key}"
+            assert torch.equal(value, expected.cpu()), f"stage {stage}: {key}"
         assert result["losses"] == losses, f"stage {stage}"
-        assert torch.equal(result["random"][0], pipeline.random_states[stage][0]), f"stage {stage}: random state"
+        assert_same_random(result["random"], pipeline.random_states[stage], f"stage {stage}")
         gap = max(used.backward - used.forward for (each, _), used in pipeline.used.items() if each == stage)
         assert result["gap"] == gap
 

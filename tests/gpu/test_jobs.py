@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from tests import devices
 pytestmark = pytest.mark.skipif(not devices.over_nccl(), reason="needs --device nccl or nccl-shared")
 ROOT = Path(__file__).parents[2]
 STEPS = 12
+PATIENCE_SECONDS = 240
+"""For a job to end, whatever becomes of it."""
 MODEL = ["--layers", "4", "--hidden", "128", "--heads", "4", "--sequence-length", "128"]
 RUN = ["--steps", str(STEPS), "--log-every", "1", "--validate-every", "6", "--validation-batches", "2"]
 
@@ -43,14 +47,21 @@ def megatron_job(schedule: str | None, *more: str) -> list[str | Path]:
     return [ROOT / "scripts" / "train_gpt_megatron.py", *MODEL, *RUN, *chosen, *more]
 
 
-def alone(rank: int, ranks: int, script: Sequence[str | Path]) -> subprocess.Popen[str]:
+def alone(rank: int, ranks: int, port: int, script: Sequence[str | Path]) -> subprocess.Popen[str]:
     """One rank, without a launcher."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": 29577}
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     environs = {**environment(), "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in told.items()}}
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", *map(str, [*shared(), *script])],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environs,
     )  # fmt: skip
+
+
+def free_port() -> int:
+    """Other tests start jobs at the same time."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def environment() -> dict[str, str]:
@@ -60,7 +71,9 @@ def environment() -> dict[str, str]:
 def train(ranks: int, script: Sequence[str | Path], text: Path) -> list[tuple[str, str]]:
     """What was told of each step."""
     given = [*command(ranks, script), "--data", str(text)]
-    done = subprocess.run(given, text=True, capture_output=True, timeout=240, env=environment(), cwd=text.parent)
+    done = subprocess.run(
+        given, text=True, capture_output=True, timeout=PATIENCE_SECONDS, env=environment(), cwd=text.parent
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return re.findall(r"^step \d+: (loss|validation loss) ([\d.]+)", done.stdout, re.MULTILINE)
 
@@ -111,10 +124,13 @@ def test_when_a_rank_is_killed_the_others_say_so_and_end(
     script = [*(deepspeed_job("paci", "paci") if host == "deepspeed" else megatron_job("paci"))]
     script[script.index("--steps") + 1] = "100000"
     # Not under torchrun, which would end the survivor before it has said anything.
-    ranks = [alone(rank, 2, [*script, "--data", text]) for rank in range(2)]
+    port = free_port()
+    ranks = [alone(rank, 2, port, [*script, "--data", text]) for rank in range(2)]
     tells = 0 if host == "deepspeed" else 1
     survivor, victim = ranks[tells], ranks[1 - tells]
     assert survivor.stdout is not None
+    end_anyway = threading.Timer(PATIENCE_SECONDS, lambda: [rank.kill() for rank in ranks])  # a read has no limit
+    end_anyway.start()
     for line in survivor.stdout:
         if line.startswith("step 5:"):
             break
@@ -122,6 +138,7 @@ def test_when_a_rank_is_killed_the_others_say_so_and_end(
     victim.send_signal(signal.SIGKILL)
     rest = survivor.stdout.read()
     code, seconds = survivor.wait(60), time.monotonic() - began
+    end_anyway.cancel()
     record_property("ended after, s", f"{seconds:.1f}")
     assert code != 0 and f"PipelineStallError: pipeline rank {tells}" in rest, rest[-3000:]
     assert seconds < 60

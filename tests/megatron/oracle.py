@@ -16,8 +16,9 @@ from amdp_plugin.megatron.stage_view import StageGroup, acting_as, bare
 from amdp_plugin.megatron.tied import tied_embedding
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.settings import Needs, read_schedule
-from tests.devices import on_gpu
+from tests.devices import drawn_from
 from tests.processes import run_ranks
+from tests.runtime.pipelines import assert_same_random
 
 from .jobs import Job, masked_report, report, run_model
 from .training import assert_same_weights, copies, initialize
@@ -110,7 +111,7 @@ def run_oracle(
         "weights": [
             {stage: copies(pipeline.replica(stage, rank)) for stage in placement.stages[rank]} for rank in ranks
         ],
-        "plain": [pipeline.plain(stage) for stage in range(job.pipeline)],
+        "plain": [[value.cpu() for value in pipeline.plain(stage)] for stage in range(job.pipeline)],
         "losses": losses,
         "random": pipeline.random_states,
         "gaps": [
@@ -149,15 +150,9 @@ def nothing(parameters: Any) -> None:
     """No clipping."""
 
 
-def comparable(job: Job) -> Job:
-    """``job``, or, on a GPU, the same without dropout: Megatron's draws there from a generator that the oracle, which
-    is one process, does not keep for each rank."""
-    return replace(job, model={**job.model, "hidden_dropout": 0.0, "attention_dropout": 0.0}) if on_gpu() else job
-
-
 def oracle(job: Job, iterations: int = 4, before_step: Any = nothing, phases: Phases = ()) -> dict[str, Any]:
     """What the ranks of ``job`` must end with: ``weights`` of every stage on every pipeline rank, ``losses`` of every
-    window's micro-batches, CPU ``random`` states of every rank's directions, measured ``gaps`` of every rank.
+    window's micro-batches, ``random`` states of every rank's directions, measured ``gaps`` of every rank.
 
     In a process of its own, since Megatron's parallel state is one a process.
 
@@ -181,9 +176,6 @@ def assert_equals_oracle(found: list[dict[str, Any]], expected: dict[str, Any]) 
         own = result["plain"][: len(expected["plain"][stage])]  # the last stage's tied output layer is not its own
         plain = [master.to(value) for value, master in zip(own, expected["plain"][stage], strict=True)]
         assert_same_weights(own, plain, f"rank {rank}, plain iterate")
-        states = [state["cpu"] for state in result["random"]]
-        assert len(states) == len(expected["random"][stage])
-        for direction, (state, other) in enumerate(zip(states, expected["random"][stage], strict=True)):
-            assert torch.equal(state, other), f"rank {rank}, direction {direction}: random state"
+        assert_same_random(list(map(drawn_from, result["random"])), expected["random"][stage], f"rank {rank}")
         assert result["gap"] == expected["gaps"][stage], f"rank {rank}"
         assert result["losses"] == (expected["losses"] if stage == len(expected["weights"]) - 1 else [])

@@ -207,7 +207,7 @@ def with_evaluation(rank: int, job: Job, often: bool) -> tuple[dict[str, Any], l
         Job(AHEAD_AMDP, 4, 4, bf16=True, model=DROPOUT),
         Job(AHEAD_PACI, 2, 2, data=2, alike=True, model=DROPOUT, **DISTRIBUTED),
     ],
-    ids=str,
+    ids=["paci", "amdp, bf16", "paci, distributed optimizer"],
 )
 def test_evaluations_see_the_plain_iterate_and_change_nothing(job: Job) -> None:
     plainly, _ = zip(*run_ranks(job.world, with_evaluation, job, False), strict=True)

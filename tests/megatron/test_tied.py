@@ -14,7 +14,7 @@ from amdp_plugin.megatron.tied_state import MegatronStates
 from tests.processes import run_ranks
 
 from .jobs import DISTRIBUTED, DROPOUT, Job
-from .oracle import assert_equals_oracle, comparable, oracle
+from .oracle import assert_equals_oracle, oracle
 from .test_checkpoints import change_hands, check_resumed
 from .test_oracle import FEEDBACK, LIMIT, LOOSE, beside_unclipped
 from .test_stock import FULL, OVERLAP
@@ -22,7 +22,7 @@ from .training import Trainer, assert_same, run
 
 
 def check(job: Job, iterations: int = 4) -> None:
-    job = comparable(replace(job, tied=True))
+    job = replace(job, tied=True)
     found = run(job, iterations)
     assert_equals_oracle(found, oracle(job, iterations))
     for result in found:  # nothing is left under way
@@ -122,7 +122,7 @@ def evaluate(rank: int, job: Job) -> dict[str, Any]:
 
 def test_an_evaluation_sees_one_weight_and_changes_nothing() -> None:
     """On both ends that of the home; the training goes on with what each had."""
-    job = comparable(Job("paci", 4, 1, tied=True, model=DROPOUT))
+    job = Job("paci", 4, 1, tied=True, model=DROPOUT)
     found = run_ranks(4, evaluate, job)
     assert_equals_oracle(found, oracle(job, 5))
     three = run_ranks(4, evaluate_at_rest, job)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from amdp_plugin.megatron import forward_backward_func
 from amdp_plugin.megatron.hook import ScheduledForwardBackward
 from amdp_plugin.megatron.random_state import GENERATORS
+from tests.devices import drawn_from
 from tests.processes import run_ranks
 
 from .jobs import ROWS, SEQUENCE, Job, forward_step, masked_forward_step
@@ -204,7 +205,7 @@ def assert_same_weights(left: list[Tensor], right: list[Tensor], where: str) -> 
 def same_state(left: Any, right: Any) -> bool:
     """Of all generators: torch's, the tracker's of tensor-parallel regions, Python's."""
     return (
-        torch.equal(left["cpu"], right["cpu"])
+        all(map(torch.equal, drawn_from(left), drawn_from(right)))
         and left["tracker"].keys() == right["tracker"].keys()
         and all(torch.equal(state, right["tracker"][name]) for name, state in left["tracker"].items())
         and left["python"] == right["python"]

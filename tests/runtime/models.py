@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.devices import Dropout
-
 WIDTH, ROWS = 6, 3
 
 
@@ -18,7 +16,7 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.norm, self.dropout = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), Dropout(0.2)
+        self.linear, self.norm, self.dropout = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Dropout(0.2)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(torch.tanh(self.linear(self.norm(x))))

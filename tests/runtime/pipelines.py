@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from amdp_plugin.runtime.exchange import Exchange
 from amdp_plugin.runtime.executor import Executor
 from amdp_plugin.runtime.feedback import ErrorFeedback
 from amdp_plugin.runtime.plain import PlainWorker
+from amdp_plugin.runtime.random_streams import Generators
 from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.runtime.tied import tied_guests
 from amdp_plugin.runtime.transport import Transport
@@ -90,6 +91,7 @@ def make_executor(
     timeout_seconds: float = 30,
     make_transport: Callable[[set[Link]], Transport] | None = None,
     provision: Provision = ON_HOSTS,
+    generators: Generators | None = None,
 ) -> tuple[Executor, PlainWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
 
@@ -113,8 +115,9 @@ def make_executor(
     micro_batches = (placed(case.dtype) if feed is None else feed) if reads else None
     tied = [shared(modules[rank]) if rank in stages else None for stages in case.tied]
     worker = PlainWorker(
-        schedule, rank, modules, optimizers, loss, micro_batches, planned_coefficient(planner), case.clipping, tied
-    )
+        schedule, rank, modules, optimizers, loss, micro_batches, planned_coefficient(planner), case.clipping, tied,
+        generators,
+    )  # fmt: skip
     exchange = None
     if schedule.reduces or schedule.tied:
         exchanged = make_transport(links(schedule, Stream.GRADIENTS, Stream.WEIGHTS))
@@ -174,7 +177,7 @@ def run_to_the_ends(executor: Executor, feed: Parts) -> list[int]:
     return windows
 
 
-def make_oracle(case: Case) -> SerialPipeline:
+def make_oracle(case: Case, generators: Generators | None = None) -> SerialPipeline:
     """The same job in one process."""
     stages = [stage.to(devices.device()) for stage in case.build()]
     return SerialPipeline(
@@ -187,6 +190,7 @@ def make_oracle(case: Case) -> SerialPipeline:
         measure=squares,
         decide=partial(clip, case.clipping),
         tied=[[(stage, shared(stages[stage])) for stage in weight] for weight in case.tied],
+        generators=generators,
     )
 
 
@@ -198,7 +202,7 @@ def squares(gradients: list[Tensor | None]) -> float:
 def clip(limit: float, parameters: list[nn.Parameter], total: float) -> None:
     """By the sum that is known of all stages."""
     if limit:
-        norm = torch.tensor(total).sqrt()
+        norm = devices.place(torch.tensor(total)).sqrt()
         assert norm > limit, "the case must clip"
         for parameter in parameters:
             parameter.grad = parameter.grad * (limit / norm)
@@ -260,7 +264,13 @@ def assert_equals_oracle(found: list[dict[str, Any]], oracle: SerialPipeline) ->
         for stage, values in end["plain"].items():
             for value, expected in zip(values, oracle.plain(stage), strict=True):
                 assert torch.equal(value, expected.cpu()), f"rank {rank}, stage {stage}: plain iterate"
-        for direction, (state, expected) in enumerate(zip(end["random"], oracle.random_states[rank], strict=True)):
-            assert torch.equal(state, expected), f"rank {rank}, direction {direction}: random state"
+        assert_same_random(end["random"], oracle.random_states[rank], f"rank {rank}")
         own = [used for (stage, index), used in oracle.used.items() if placement.rank_of(stage, index) == rank]
         assert end["gap"] == max(used.backward - used.forward for used in own), f"rank {rank}: gap"
+
+
+def assert_same_random(found: list[Sequence[Tensor]], expected: list[Sequence[Tensor]], where: str) -> None:
+    """The states of all directions, each of all generators."""
+    for direction, (states, others) in enumerate(zip(found, expected, strict=True)):
+        same = [torch.equal(state, other) for state, other in zip(states, others, strict=True)]
+        assert all(same), f"{where}, direction {direction}: random state"

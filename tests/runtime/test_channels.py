@@ -15,6 +15,7 @@ from torch import Tensor
 from amdp_plugin.plan.action import Action
 from amdp_plugin.runtime.channels import BufferPool, Signature
 from amdp_plugin.runtime.watch import PipelineStallError, Watch
+from tests import devices
 from tests.processes import outcomes, run_ranks
 
 from .pipelines import Case, make_channels, make_executor
@@ -143,7 +144,7 @@ def test_buffers_are_used_again_when_nobody_else_does() -> None:
 
 
 def train_with_a_dying_rank(rank: int, case: Case, victim: int, how: str) -> tuple[str, float]:
-    executor, _ = make_executor(rank, case, timeout_seconds=4)
+    executor, _ = make_executor(rank, case, timeout_seconds=4 * devices.patience())
     executor.run_window()
     start = time.monotonic()
     try:
@@ -158,14 +159,14 @@ def train_with_a_dying_rank(rank: int, case: Case, victim: int, how: str) -> tup
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_killed_rank_stops_all_others(victim: int) -> None:
-    found = outcomes(3, train_with_a_dying_rank, Case("paci", 3, 2), victim, "killed", timeout=30)
+    found = outcomes(3, train_with_a_dying_rank, Case("paci", 3, 2), victim, "killed", timeout=30 * devices.patience())
     for rank, (ok, end) in enumerate(found):
         if rank != victim:
             assert ok, end
             message, seconds = end
             pattern = rf"pipeline rank {rank}.* with rank \d .*the last action done here is {rank}[FBU]\d+"
             assert re.search(pattern, message)
-            assert seconds < 10
+            assert seconds < 10 * devices.patience()
 
 
 def test_a_rank_that_hangs_stops_its_neighbours() -> None:

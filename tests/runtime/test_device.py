@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,9 @@ from amdp_plugin.runtime.executor import Executor
 from amdp_plugin.runtime.plain import PlainWorker
 from amdp_plugin.runtime.timeline import RUN, WAIT, Event, Timeline
 from amdp_plugin.runtime.watch import FIRST_WINDOW, InStream, PipelineStallError, Watch
+from tests.processes import run_ranks
+
+from .pipelines import Case, make_executor
 
 
 class SlowDevice:
@@ -213,3 +216,32 @@ def test_windows_on_a_device_ask_for_values_once_a_window(device: Any, monkeypat
     if isinstance(device, SlowDevice):
         # An action's span has two instants, its end one more.
         assert 0 < device.most_behind <= 3 * (HOST_AHEAD + 1)
+
+
+def behind_at_questions(rank: int, case: Case) -> dict[str, list[int]]:
+    """How far the device is behind when the worker is asked for what may need a norm: as a window closes, in its
+    update, or in that which a quiet moment hastens."""
+    executor, worker = make_executor(rank, case)
+    device = SlowDevice(pace=1)
+    executor._watch.timeline = Timeline(device=device)
+    found: dict[str, list[int]] = {"close": [], "update": []}
+
+    def noting(name: str, whole: Callable[[Action], None]) -> Callable[[Action], None]:
+        return lambda action: (found[name].append(device.given - device.done), whole(action))[1]
+
+    for name in found:
+        setattr(worker, name, noting(name, getattr(worker, name)))
+    for _ in range(4):
+        executor.run_window()
+    made = len(found["update"])
+    executor.quiesce()
+    assert rank == 0 or len(found["update"]) > made, "updates were still to come"
+    return found
+
+
+def test_a_question_about_gradients_does_not_stand_before_a_message() -> None:
+    """The host waits for its device, within the limit, before it may be asked without one."""
+    case = Case("paci", 3, 2, options=(("decisions", "relayed"),), clipping=0.05)
+    for found in run_ranks(3, behind_at_questions, case):
+        assert len(found["close"]) == len(found["update"]) == 4
+        assert max(map(max, found.values())) <= 1, f"the instant at which its span begins, and no more: {found}"

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
+import torch
 
 from tests.processes import run_ranks
 
@@ -130,3 +131,19 @@ def test_losses_belong_to_their_micro_batches() -> None:
     means = make_oracle(case).train(placed(), 4)
     measured = [(losses[2 * window] + losses[2 * window + 1]) / 2 for window in range(4)]
     assert measured == pytest.approx(means, rel=1e-6)
+
+
+def take_buffers(rank: int) -> dict[int, list[list[float]]]:
+    """Of every stage here, a buffer whose memory is that of its transpose, which differed on every rank."""
+    executor, worker = make_executor(rank, Case("chimera", 2, 2))
+    for module in worker.modules.values():
+        module.register_buffer("table", torch.arange(6.0).view(2, 3).t() + 10 * rank)
+    assert executor._exchange is not None
+    executor._exchange.copy_home(worker.modules)
+    return {stage: module.table.tolist() for stage, module in worker.modules.items()}
+
+
+def test_guests_take_buffers_of_any_layout_from_their_homes() -> None:
+    for found in run_ranks(2, take_buffers):
+        assert found == {stage: [[10.0 * stage + column + 3 * row for row in range(2)] for column in range(3)]
+                         for stage in range(2)}  # fmt: skip

@@ -17,7 +17,7 @@ from amdp_plugin.plan.schedule import Schedule
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.versions import versions
 from amdp_plugin.runtime.pipeline import Pipeline, Site
-from amdp_plugin.runtime.random_streams import CPU
+from amdp_plugin.runtime.random_streams import generators_of
 from amdp_plugin.runtime.serial import SerialPipeline
 
 from .models import build_stages, data, loss, make_adamw
@@ -170,7 +170,7 @@ def test_a_program_that_breaks_a_law_is_not_trained() -> None:
 def test_what_can_only_be_planned_is_refused_everywhere(schedule: Schedule, message: str) -> None:
     """By the oracle and by the engines' pipeline alike, before anything is made."""
     site = Site(0, range(4), None, torch.device("cpu"), 30.0)  # type: ignore[arg-type]  # nobody is asked
-    pipeline = partial(Pipeline, schedule, CostModel.uniform(4), site, lambda: None, CPU)
+    pipeline = partial(Pipeline, schedule, CostModel.uniform(4), site, lambda: None, generators_of(()))
     oracle = partial(SerialPipeline, without_dropout(4), make_adamw, loss, schedule)
     for build in (pipeline, oracle):
         with pytest.raises(ValueError) as caught:
