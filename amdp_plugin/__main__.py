@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 from typing import NoReturn
 
 import amdp_plugin
-from amdp_plugin.compare.launching import take_record
+from amdp_plugin.compare.launching import EXIT_USAGE, run_script, take_record
 
 USAGE = "usage: python -m amdp_plugin [--record DIR] SCRIPT [ARGUMENT ...]"
-EXIT_USAGE = 2
 
 
 def main() -> None:
@@ -39,7 +37,7 @@ def main() -> None:
         record_to(directory)
     sys.argv = [script, *passed_on, *arguments[1:]]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
-    runpy.run_path(script, run_name="__main__")
+    run_script(script)
 
 
 def _take_local_rank(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -21,10 +21,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command()(plan)
-app.command(cls=CompareCommand)(compare)
-app.command(cls=StudyCommand)(study)
-app.command()(doctor)
+app.command(short_help="Print or draw a schedule, and what it gives.")(plan)
+app.command(cls=CompareCommand, short_help="Train one model in several ways, and compare.")(compare)
+app.command(cls=StudyCommand, short_help="What schedules do to a loss, on one device.")(study)
+app.command(short_help="Say what is installed, and what is missing.")(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

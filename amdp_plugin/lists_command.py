@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from typer.core import TyperCommand
+
+NUMBER = re.compile(r"-[\d.]")
+"""How a value below zero begins, which no option does."""
 
 
 class ListsCommand(TyperCommand):
@@ -13,13 +18,19 @@ class ListsCommand(TyperCommand):
     lists: ClassVar[tuple[str, ...]] = ()
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Rewrite ``--configs A B -- C`` as click knows it: ``--configs A --configs B -- C``."""
+        """Rewrite ``--configs A B -- C`` as click knows it: ``--configs A --configs B -- C``.
+
+        Raises:
+            ValueError: where no value follows one of :attr:`lists`.
+        """
         own, rest = (args[: args.index("--")], args[args.index("--") :]) if "--" in args else (args, [])
         rewritten: list[str] = []
         repeated: str | None = None
-        for argument in own:
-            if argument.startswith("-"):
+        for argument, following in pairwise([*own, "--"]):
+            if argument.startswith("-") and not NUMBER.match(argument):
                 repeated = argument if argument in self.lists else None
+                if repeated and following.startswith("-") and not NUMBER.match(following):
+                    raise ValueError(f"{repeated} needs one value or more after it")
                 rewritten += [] if repeated else [argument]
             else:
                 rewritten += [repeated, argument] if repeated else [argument]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,6 +15,19 @@ from .plan.costs import CostModel
 from .plan.schedule import Schedule
 from .plan.schedules.options import COMMON, CommonOptions, read_value
 from .plan.sharing import Tied
+
+
+class ScheduleRefused(ValueError):
+    """A job asks for what no schedule can do. Launchers end it with this message alone."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What is wrong within is a refusal of the job, whose message says all: where it was found adds nothing."""
+    try:
+        yield
+    except ValueError as error:
+        raise ScheduleRefused(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ def check_loss_scale(schedule: Schedule, where: str, instead: str) -> None:
     """
     if schedule.updates_meet or (schedule.relays and scales_with_windows(schedule)):
         return
+    decisions = '"meeting"'
     if schedule.relays:
         why = (
             f"relayed decisions change it between windows of at least {schedule.in_flight[0]} micro-batches, with one "
@@ -75,9 +91,11 @@ def check_loss_scale(schedule: Schedule, where: str, instead: str) -> None:
         )
     else:
         why = "all stages must decide together, at every step, whether to skip it"
+        if schedule.weights == "latest" and scales_with_windows(schedule):
+            decisions = '"relayed" or "meeting"'
     raise ValueError(
         f"schedule {schedule.name!r} cannot be used with {where}, which scales the loss: {why}; use {instead}, "
-        '"decisions": "relayed" (paci) or "meeting", or a schedule that flushes (1f1b)'
+        f'"decisions": {decisions}, or a schedule that flushes (1f1b)'
     )
 
 
@@ -150,11 +168,11 @@ def read_schedule(section: Any, where: str) -> ScheduleSettings:
         )
     name = section["name"]
     own = {key: option.annotation for key, option in schedules.options(name).items()}
-    known, values, wrong = {**COMMON, **own}, {}, []
+    known, values = {**COMMON, **own}, {}
+    unknown = [key for key in section if key not in known]
+    wrong = [_unknown(name, unknown, [option for option in known if option != "name"])] if unknown else []
     for key, value in section.items():
-        if key not in known:
-            listed = ", ".join(option for option in known if option != "name")
-            wrong.append(f"schedule {name!r} has no option {key!r}; its options are {listed}")
+        if key in unknown:
             continue
         try:
             values[key] = read_value(known[key], value)
@@ -164,6 +182,12 @@ def read_schedule(section: Any, where: str) -> ScheduleSettings:
         raise ValueError("; ".join(wrong))
     options = {key: values.pop(key) for key in own if key in values}
     return ScheduleSettings(**values, options=options)
+
+
+def _unknown(name: str, keys: Sequence[Any], known: Sequence[str]) -> str:
+    meant = {key: get_close_matches(str(key).lower(), known, n=1, cutoff=0.75) for key in keys}
+    said = [f"{key!r} (did you mean {meant[key][0]!r}?)" if meant[key] else repr(key) for key in keys]
+    return f"schedule {name!r} has no option {', '.join(said)}; its options are {', '.join(known)}"
 
 
 def _explain(name: str, key: str, problem: Mapping[str, Any]) -> str:

@@ -6,12 +6,40 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from ..plan.schedules import names
+from ..plan.schedules.options import COMMON
 from ..settings import ScheduleSettings, read_schedule
 
 STOCK_KEYS = (
     "stages", "partition", "seed_layers", "activation_checkpoint_interval", "pipe_partitioned", "grad_partitioned",
     "use_reentrant",
 )  # fmt: skip
+
+
+def check_places(config: Mapping[str, Any]) -> None:
+    """Refuse a schedule that stands where DeepSpeed would not look, and quietly train stock 1F1B.
+
+    Raises:
+        ValueError: with the place where it belongs.
+    """
+    right = 'write "pipeline": {"schedule": "paci"}, or {"schedule": {"name": "paci", ...}} with options'
+    for key, value in config.items():
+        like = any(word in str(key).lower() for word in ("schedule", "pipeline"))
+        if key != "pipeline" and like and _names_a_schedule(value):
+            raise ValueError(f"DeepSpeed has no key {key!r} at the top of a configuration; {right}")
+    pipeline = config.get("pipeline", {})
+    if not isinstance(pipeline, Mapping):
+        raise ValueError(f'"pipeline" is an object, not {pipeline!r}; {right}')
+    stray = [key for key in pipeline if key in COMMON]
+    if stray:
+        listed = ", ".join(map(repr, stray))
+        raise ValueError(f'"pipeline" has no key {listed}, which belongs to the object of the schedule; {right}')
+
+
+def _names_a_schedule(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return _names_a_schedule(value.get("schedule", value.get("name")))
+    return isinstance(value, str) and value in names()
 
 
 def read_settings(pipeline: Any) -> ScheduleSettings | None:
@@ -48,7 +76,21 @@ def enabled(config: Mapping[str, Any], section: str) -> bool:
 def offloads(config: Mapping[str, Any]) -> bool:
     """Whether the optimizer steps on the host."""
     zero = config.get("zero_optimization")
-    return isinstance(zero, Mapping) and bool(zero.get("offload_optimizer"))
+    section = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
+    device = section.get("device", "none") if isinstance(section, Mapping) else section
+    return device not in (None, False, "none")
+
+
+def number_in(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """What ``key`` holds, where it is a number or absent.
+
+    Raises:
+        ValueError: for a text such as ``"auto"``, which is for other programs to fill in.
+    """
+    value = config.get(key, default)
+    if isinstance(value, str):
+        raise ValueError(f'"{key}" must be a number, got {value!r}')
+    return value
 
 
 def check_compatible(config: Mapping[str, Any], settings: ScheduleSettings) -> None:

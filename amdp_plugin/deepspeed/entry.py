@@ -16,8 +16,8 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch import nn
 
 from ..runtime.runnable import check_homes, check_runnable
-from ..settings import ScheduleSettings, check_loss_scale
-from .config import check_compatible, check_topology, enabled, offloads, read_settings
+from ..settings import ScheduleSettings, check_loss_scale, refusing
+from .config import check_compatible, check_places, check_topology, enabled, number_in, offloads, read_settings
 from .engine import ScheduledPipelineEngine
 from .meeting import needs, tied_across_stages
 
@@ -31,12 +31,14 @@ def initialize(*args: Any, **kwargs: Any) -> Engines:
     """``deepspeed.initialize`` that honours the key. See :func:`amdp_plugin.initialize`."""
     arguments = inspect.signature(_stock_initialize).bind(*args, **kwargs).arguments
     config = _user_config(arguments)
-    settings = read_settings(config.get("pipeline"))
+    with refusing():
+        check_places(config)
+        settings = read_settings(config.get("pipeline"))
+        if settings is not None:
+            check_compatible(config, settings)
+            _check_model(arguments.get("model"), config, settings)
     if settings is None:
         return _stock_initialize(*args, **kwargs)
-    model = arguments.get("model")
-    check_compatible(config, settings)
-    _check_model(model, config, settings)
     # deepspeed.initialize looks the engine's class up by name at each call.
     stock_engine = deepspeed.PipelineEngine
     deepspeed.PipelineEngine = ScheduledPipelineEngine
@@ -75,8 +77,8 @@ def _user_config(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _window(config: Mapping[str, Any], replicas: int) -> int:
     """Micro-batches of a window, which DeepSpeed derives where the configuration does not say."""
-    given = config.get("gradient_accumulation_steps")
-    whole, micro = config.get("train_batch_size"), config.get("train_micro_batch_size_per_gpu")
+    keys = ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
+    given, whole, micro = (number_in(config, key, None) for key in keys)
     if given is None and whole and micro:
         given = whole // (micro * replicas)
     return max(1, given or 1)
@@ -93,7 +95,7 @@ def _check_model(model: Any, config: Mapping[str, Any], settings: ScheduleSettin
     grid = model.mpu()
     check_topology(config["pipeline"], grid.model_parallel_size, settings)
     fp16 = enabled(config, "fp16")
-    clipping = config.get("gradient_clipping", 1.0)  # DeepSpeed's default
+    clipping = number_in(config, "gradient_clipping", 1.0)  # DeepSpeed's default
     size = _window(config, grid.data_parallel_size)
     schedule = settings.make(grid.pipe_parallel_size, size, needs(model, clipping, fp16))
     settings.costs(schedule.num_stages)  # refuses what is wrong with them

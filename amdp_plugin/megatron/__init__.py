@@ -26,11 +26,12 @@ def forward_backward_func(schedule: Any) -> ScheduledForwardBackward:
     Raises:
         ValueError: for an unknown schedule or option.
     """
-    from ..settings import ScheduleSettings, read_schedule
+    from ..settings import ScheduleSettings, read_schedule, refusing
     from .hook import ScheduledForwardBackward
 
     read = isinstance(schedule, ScheduleSettings)
-    return ScheduledForwardBackward(schedule if read else read_schedule(schedule, f"the schedule {schedule!r}"))
+    with refusing():
+        return ScheduledForwardBackward(schedule if read else read_schedule(schedule, f"the schedule {schedule!r}"))
 
 
 def patch() -> list[str]:

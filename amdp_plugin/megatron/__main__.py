@@ -8,14 +8,12 @@ rank did and waited for, to DIR.
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 from importlib.util import find_spec
 
-from ..compare.launching import take_record
+from ..compare.launching import EXIT_USAGE, run_script, take_record
 
 USAGE = "usage: python -m amdp_plugin.megatron [--record DIR] SCRIPT [ARGUMENT ...]"
-EXIT_USAGE = 2
 
 
 def main(arguments: list[str]) -> None:
@@ -40,7 +38,7 @@ def main(arguments: list[str]) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(*(f"[amdp] {line}" for line in lines), sep="\n", flush=True)
     sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")
+    run_script(arguments[0])
 
 
 def _patch() -> list[str]:

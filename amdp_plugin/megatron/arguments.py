@@ -59,7 +59,10 @@ def check_arguments(arguments: Namespace, settings: ScheduleSettings) -> list[st
     stages = arguments.pipeline_model_parallel_size
     tied = stages > 1 and not getattr(arguments, "untie_embeddings_and_output_weights", True)
     needs = Needs(norm=arguments.clip_grad > 0, exact=arguments.fp16, tied=tied_embedding(stages, tied))
-    schedule = settings.make(stages, _micro_batches(arguments), needs)
+    first, *later = _micro_batches(arguments)
+    schedule = settings.make(stages, first, needs)
+    for number in later:
+        settings.make(stages, number, needs)
     settings.costs(stages)
     check_runnable(schedule)
     check_homes(schedule)
@@ -79,10 +82,13 @@ def _turn_off(arguments: Namespace, flush: bool) -> list[str]:
     return done
 
 
-def _micro_batches(arguments: Namespace) -> int:
-    """Micro-batches of the first window."""
-    batch = (getattr(arguments, "rampup_batch_size", None) or [arguments.global_batch_size])[0]
-    return max(1, int(batch) // (arguments.micro_batch_size * arguments.data_parallel_size))
+def _micro_batches(arguments: Namespace) -> list[int]:
+    """Micro-batches of the job's windows, the first window's first; of more than one size where the batch grows."""
+    last = arguments.global_batch_size
+    first, increment, *_ = map(int, getattr(arguments, "rampup_batch_size", None) or (last, 1))
+    batches = [*range(first, last, max(1, increment)), last]
+    each = arguments.micro_batch_size * arguments.data_parallel_size
+    return list(dict.fromkeys(max(1, batch // each) for batch in batches))
 
 
 def _read_options(path: Path | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_t
 from ..runtime.executor import Executor
 from ..runtime.pipeline import Pipeline, Site
 from ..runtime.runnable import check_homes, check_runnable
-from ..settings import Needs, ScheduleSettings
+from ..settings import Needs, ScheduleSettings, refusing
 from .feedback import error_feedback
 from .guests import ModelProvider, build_guests, build_replicas, sum_dtype
 from .losses import WindowReports
@@ -105,7 +105,8 @@ class ScheduledForwardBackward:
         self._iteration, self._resumed_states = iteration, random_states
         self._resumed_ahead, self._resumed_means = ahead, means
         if num_microbatches is not None:
-            self.schedule = self._check(self._make_schedule(num_microbatches))
+            with refusing():
+                self.schedule = self._check(self._make_schedule(num_microbatches))
         self._steps = OptimizerSteps(optimizer, self._chunk)
         self._taken.callback(self._steps.release)
         self._attached = True

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
-from ..settings import ScheduleSettings
+from ..settings import ScheduleSettings, refusing
 from .arguments import add_flags, check_arguments, read_flags
 from .checkpoint import load_ahead, load_means, load_random_states, save_ahead, save_means, save_random_states
 from .hook import ScheduledForwardBackward
@@ -111,10 +111,12 @@ def _add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
 def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def validate(arguments: Any, *args: Any, **kwargs: Any) -> Any:
-        _job.settings = read_flags(arguments)  # before Megatron's own, so that a wrong name is told at once
+        with refusing():
+            _job.settings = read_flags(arguments)  # before Megatron's own, so that a wrong name is told at once
         result = original(arguments, *args, **kwargs)
         if _job.settings is not None:
-            _job.notices = check_arguments(arguments, _job.settings)
+            with refusing():
+                _job.notices = check_arguments(arguments, _job.settings)
         return result
 
     return validate

@@ -34,7 +34,7 @@ class Format(str, Enum):
 
 
 def plan(
-    schedule: Annotated[str, typer.Option(help="Its name: gpipe, 1f1b, chimera, paci, amdp, or another package's.")],
+    schedule: Annotated[str, typer.Option(help=f"Its name: {', '.join(schedules.BUILT_IN)}, or another package's.")],
     stages: Annotated[int, typer.Option(help="Stages of the pipeline.")],
     micro_batches: Annotated[int, typer.Option(help="Micro-batches of a window, that is, of one optimizer step.")],
     windows: Annotated[int, typer.Option(help="Windows to show.")] = 4,
@@ -54,7 +54,9 @@ def plan(
     tied: Annotated[
         list[str] | None, typer.Option(help="Stages that share a weight, as in 0,3 (for a further weight, again).")
     ] = None,
-    option: Annotated[list[str] | None, typer.Option(help="An option of the schedule, as key=value.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of the schedule's own, as key=value (for another, again).")
+    ] = None,
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.text,
     out: Annotated[Path | None, typer.Option(help="File to write to, instead of standard output.")] = None,
 ) -> int:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 
 from .action import BACKWARD, FORWARD, UPDATE, Action
 
 TICKS_PER_SECOND = 1_000_000_000
+MOST_SECONDS = 1e9
+"""Of one action or message: 31 years, so that times stay far from what a float cannot hold."""
 
 
 def ticks(seconds: float) -> int:
     """Whole nanoseconds. Times are added as integers so that equal windows are exactly equal."""
     return round(seconds * TICKS_PER_SECOND)
+
+
+ONE_TICK = 1 / TICKS_PER_SECOND
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class CostModel:
         link_bandwidth: bytes a second between two ranks.
 
     Raises:
-        ValueError: for a cost that is negative or not finite, or a forward or backward that takes no time.
+        ValueError: for a cost that is negative, not a number or absurdly large, or a forward or backward that takes no
+            time.
     """
 
     forward: tuple[float, ...]
@@ -45,11 +51,18 @@ class CostModel:
                 f"forward, backward and update need one entry a stage; got {len(self.forward)}, "
                 f"{len(self.backward)} and {len(self.update)}"
             )
-        costs = (*self.forward, *self.backward, *self.update, self.link_latency, self.message_bytes)
-        if not all(map(isfinite, costs)):
-            raise ValueError(f"every cost is a finite number; got {costs}")
-        if min(ticks(cost) for cost in (*self.forward, *self.backward)) < 1:
-            raise ValueError("a forward and a backward take at least a nanosecond each")
+        for what, seconds in (("forward", self.forward), ("backward", self.backward)):
+            for stage, each in enumerate(seconds):
+                if not ONE_TICK <= each <= MOST_SECONDS:
+                    raise ValueError(
+                        f"a {what} takes from {ONE_TICK:g} to {MOST_SECONDS:g} (seconds, or forwards of cost 1); that "
+                        f"of stage {stage} takes {each:g}"
+                    )
+        others = (*self.update, self.link_latency, self.message_bytes)
+        if not all(map(isfinite, others)):
+            raise ValueError(f"every cost is a finite number; got {others}")
+        if self.link_latency > MOST_SECONDS:
+            raise ValueError(f"a message takes at most {MOST_SECONDS:g}, got {self.link_latency:g}")
         if min(*self.update, self.link_latency, self.message_bytes) < 0 or not self.link_bandwidth > 0:
             raise ValueError(
                 "update, link_latency and message_bytes cannot be negative, link_bandwidth must be positive"
@@ -90,6 +103,9 @@ class CostModel:
         forward = tuple(stage_costs) or (1.0,) * num_stages
         if len(forward) != num_stages:
             raise ValueError(f"stage costs need one entry for each of {num_stages} stages, got {len(forward)}")
+        for stage, cost in enumerate(forward):
+            if not 0 < cost < inf:
+                raise ValueError(f"stage costs are numbers above 0; that of stage {stage} is {cost:g}")
         backward = tuple(cost * backward_ratio for cost in forward)
         return cls(forward, backward, (0.0,) * num_stages, link_latency=link_cost)
 

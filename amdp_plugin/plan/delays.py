@@ -24,8 +24,9 @@ def delays_of(schedule: Schedule) -> tuple[int, ...]:
         )
     if schedule.weights != "latest":
         raise ValueError(
-            f"{schedule.name}: relayed decisions move updates, and its weights are {schedule.weights!r}, as counted "
-            'where updates stand without; use "latest" or "local"'
+            f"{schedule.name}: relayed decisions let updates come later, which needs stages that use their latest "
+            f"weights (paci); its weights are {schedule.weights!r}: use \"decisions\": \"latest\", \"local\" or "
+            '"meeting"'
         )
     # While a decision comes up, a stage backwards what stage 0 has admitted, but for what is between itself and the
     # end; before a flush, where nothing follows, all of it.

@@ -138,10 +138,8 @@ class Schedule:
         if self.flush_every < 0:
             raise ValueError(f"{self.name}: flush_every counts windows, 0 for never; got {self.flush_every}")
         if self.flush_first < 0 or (self.flush and self.flush_first):
-            raise ValueError(
-                f"{self.name}: flush_first counts windows of a schedule that does not flush at every window anyway, "
-                f"at least 0; got {self.flush_first}"
-            )
+            why = "it flushes at every window anyway: leave it out" if self.flush else "it counts windows, at least 0"
+            raise ValueError(f"{self.name}: flush_first cannot be {self.flush_first}; {why}")
         if len(self.in_flight) != stages or len(self.max_gap) != stages:
             raise ValueError(f"{self.name}: in_flight and max_gap need one entry for each of {stages} stages")
         if min(self.in_flight) < 1:

@@ -48,11 +48,15 @@ class Sharing:
         if not self._tied:
             return
         meets = 'use a schedule whose updates meet (amdp with "decisions": "meeting", or 1f1b), or untie them'
-        if self._placement.directions > 1 or together:
-            how = "in one meeting" if together else f"in {self._placement.directions} directions"
+        if together:
             raise ValueError(
-                f"{name}: tied weights are a unit of their own where stages update one by one, in one direction, not "
-                f"{how}; leave them to the host where updates meet, or untie them"
+                f"{name}: its updates meet, and there the host sums the gradients of tied weights: they are no units "
+                "of the plan, so leave them out"
+            )
+        if self._placement.directions > 1:
+            raise ValueError(
+                f"{name}: tied weights are units of the plan where stages update one by one, in one direction, not in "
+                f"{self._placement.directions}; {meets}"
             )
         if weights != "latest":
             raise ValueError(

@@ -63,5 +63,5 @@ def check_compensation(schedule: Schedule) -> None:
     if schedule.extrapolates and compensation != "none":
         raise ValueError(
             f"{name}: its {schedule.weights} weights are a compensation already, so that compensation must be "
-            f'"none", got {compensation!r}; paci and pipedream-2bw take it'
+            f'"none", got {compensation!r}; paci, amdp, pipedream and pipedream-2bw take it'
         )

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +29,7 @@ class StudyCommand(ListsCommand):
 
 def study(
     schedules: Annotated[
-        list[str], typer.Option(help="NAME, or NAME:key=value,key=value. The first is the reference.")
+        list[str], typer.Option(help="NAME (see amdp plan), or NAME:key=value,key=value. The first is the reference.")
     ] = ["1f1b", "paci"],  # noqa: B006
     optimizers: Annotated[list[str], typer.Option(help="adamw, muon, sgd.")] = ["adamw"],  # noqa: B006
     learning_rates: Annotated[
@@ -38,7 +39,7 @@ def study(
         list[str], typer.Option(help="none, error_feedback; with both, schedules that run freely are run with each.")
     ] = ["none"],  # noqa: B006
     flush_first: Annotated[
-        list[int], typer.Option(help="Steps at the start that end with a flush; with several, likewise.")
+        list[int], typer.Option(help="Steps at the start that end with a flush; with several, each of them.")
     ] = [0],  # noqa: B006
     stages: Annotated[int, typer.Option(help="Stages of the pipeline.")] = 8,
     micro_batches: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 8,
@@ -58,20 +59,23 @@ def study(
 ) -> int:
     """Train a model under several schedules with the serial oracle, which needs no second device, and compare losses at
     equal tokens and at equal predicted time. Stopped, it goes on where it was."""
+    from .problem import load
     from .runner import run_all
     from .summary import summarize, table
     from .trial import Setting
 
-    for name, value in (("stages", stages), ("micro-batches", micro_batches), ("steps", steps), ("seeds", seeds)):
-        if value < 1:
-            raise ValueError(f"--{name} is at least 1, got {value}")
+    at_a_time = os.cpu_count() or 1 if processes is None else processes
+    _check_least(1, stages=stages, micro_batches=micro_batches, steps=steps, seeds=seeds, processes=at_a_time)
+    _check_least(0, warm_up=warm_up, clip=clip)
+    load(model)  # refuses what is not there
+    _check_device(device)
     costs = (("backward_ratio", backward_ratio), ("link_cost", link_cost))
     setting = Setting(model, stages, micro_batches, warm_up, clip, device, costs)
     variants = list(_variants(setting, schedules, compensation, flush_first))
     rates = _read_rates(optimizers, learning_rates or [])
     _check_predictions(setting, variants, rates)
     trials = list(_trials(setting, variants, rates, steps, seeds, at_equal_time))
-    outcomes = run_all(setting, trials, out, processes or os.cpu_count() or 1)
+    outcomes = run_all(setting, trials, out, at_a_time)
     ordered = {trial: outcomes[trial] for trial in trials}
     rows = summarize(ordered, variants[0], steps)
     text = table(rows)
@@ -84,6 +88,21 @@ def study(
     print(text)
     print(f"picture: {out / 'study.png'}")
     return 0
+
+
+def _check_least(least: float, **values: float) -> None:
+    for name, value in values.items():
+        if not least <= value < inf:
+            raise ValueError(f"--{name.replace('_', '-')} is at least {least}, got {value}")
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, the second where it was built without CUDA
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _variants(
@@ -158,8 +177,10 @@ def _read_rates(optimizers: Sequence[str], texts: Sequence[str]) -> dict[str, Se
         name, _, numbers = text.partition(":")
         try:
             values = [float(number) for number in numbers.split(",")]
+            if not all(0 < value < inf for value in values):
+                raise ValueError
         except ValueError:
-            raise ValueError(f"--learning-rates wants OPTIMIZER:RATE,RATE, got {text!r}") from None
+            raise ValueError(f"--learning-rates wants OPTIMIZER:RATE,RATE, rates above 0; got {text!r}") from None
         if name not in rates:
             raise ValueError(f"--learning-rates: {name!r} is none of --optimizers {', '.join(rates)}")
         rates[name] = values

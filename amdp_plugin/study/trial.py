@@ -50,7 +50,10 @@ class Variant:
             if not equals:
                 raise ValueError(f"--schedules wants NAME or NAME:key=value,key=value, got {text!r}")
             read = COMMON.get(key) or partial(schedules.read_option, name, key)
-            options.append((key, read(value)))
+            try:
+                options.append((key, read(value)))
+            except ValueError as error:
+                raise ValueError(f"--schedules {text}: {error}") from None
         return cls(name, tuple(options))
 
     def told(self, compensation: str, flush_first: int) -> Variant:

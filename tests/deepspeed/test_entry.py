@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -132,10 +133,35 @@ def test_unmodified_script(tmp_path: Path) -> None:
     assert "trained by ScheduledPipelineEngine True" in done.stdout
 
 
+def test_a_refused_job_ends_with_one_message(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.replace('"paci"', '"pacy"'))
+    done = run_module(str(script), "--steps", "3")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "pacy" in line]
+    assert line.startswith("[amdp] error, rank 0: unknown schedule 'pacy'") and line.endswith("did you mean 'paci'?")
+
+
+def test_torchrun_ends_with_the_first_error_of_a_script(tmp_path: Path) -> None:
+    """And not with a pointer to documentation."""
+    script = tmp_path / "fail.py"
+    script.write_text("raise ValueError('a mistake of the script')\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), "-m", "amdp_plugin"]
+    root = str(Path(amdp_plugin.__file__).parents[1])
+    done = subprocess.run(
+        [*command, str(script)], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    _, _, cause = done.stderr.partition("Root Cause")
+    assert re.search(r"traceback : ValueError: a mistake of the script\n=+\n$", cause), done.stderr
+
+
 def test_deepspeeds_launcher(tmp_path: Path) -> None:
     """It puts ``--local_rank`` before the script, and means it for the script."""
     script = tmp_path / "show.py"
-    script.write_text("import sys, deepspeed\nprint(sys.argv[1:], hasattr(deepspeed.initialize, '__wrapped__'))\n")
+    # In one piece: several would be written one by one, between those of the other rank.
+    shown = "f\"{sys.argv[1:]} {hasattr(deepspeed.initialize, '__wrapped__')}\""
+    script.write_text(f"import sys, deepspeed\nprint({shown})\n")
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     command = [*launcher, "--master_port", str(free_port()), "--module", "amdp_plugin", str(script), "--steps", "3"]
     root = str(Path(amdp_plugin.__file__).parents[1])

@@ -15,6 +15,7 @@ from torch import nn
 
 import amdp_plugin
 from amdp_plugin.deepspeed import entry
+from amdp_plugin.deepspeed.config import check_places, offloads
 from amdp_plugin.deepspeed.engine import ScheduledPipelineEngine
 from amdp_plugin.deepspeed.feedback import error_feedback
 from amdp_plugin.settings import read_schedule
@@ -40,7 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a name that is a number": (section({"name": 1}), ["must be a name", "1f1b"]),
     "unknown option": (
         section({"name": "paci", "in_flight": 3}),
-        ["'paci' has no option 'in_flight'", "timeout_seconds", "extra_in_flight"],
+        ["'paci' has no option 'in_flight'", "timeout_seconds", "did you mean 'extra_in_flight'?"],
     ),
     "option of another schedule": (
         section({"name": "1f1b", "extra_in_flight": 1}),
@@ -57,9 +58,15 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         section({"name": "paci", "stage_costs": [1.0, 1.0, 1.5]}),
         ["stage costs need one entry for each of 2 stages, got 3"],
     ),
-    "costs of nothing": (section({"name": "paci", "stage_costs": [1.0, 0.0]}), ["at least a nanosecond"]),
+    "costs of nothing": (
+        section({"name": "paci", "stage_costs": [1.0, 0.0]}),
+        ["stage costs are numbers above 0; that of stage 1 is 0"],
+    ),
     "backward in no time": (section({"name": "paci", "backward_ratio": 0.0}), ["'backward_ratio'", "greater than 0"]),
     "timeout of nothing": (section({"name": "paci", "timeout_seconds": 0}), ["'timeout_seconds'", "greater than 0"]),
+    "timeout without end": (
+        section({"name": "paci", "timeout_seconds": float("inf")}), ["'timeout_seconds'", "less than or equal to"]
+    ),
     "two wrong options": (
         section({"name": "paci", "a": 1, "timeout_seconds": "x"}),
         ["'a'", "'timeout_seconds'", "'x'"],
@@ -69,6 +76,29 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown key beside it": (
         {"pipeline": {"schedule": "paci", "stagess": 2}},
         ["no key stagess", "activation_checkpoint_interval", "schedule"],
+    ),
+    "a name for the section": ({"pipeline": "paci"}, ["\"pipeline\" is an object, not 'paci'", '{"schedule": "paci"}']),
+    "at the top": ({"schedule": "paci"}, ["no key 'schedule' at the top", '"pipeline": {"schedule": "paci"}']),
+    "another section": ({"Pipeline": {"schedule": {"name": "paci"}}}, ["no key 'Pipeline' at the top"]),
+    "a name in the section": ({"pipeline": {"name": "paci"}}, ["no key 'name'", '{"name": "paci", ...}']),
+    "option in the section": (
+        {"pipeline": {"schedule": "paci", "compensation": "error_feedback"}},
+        ["no key 'compensation', which belongs to the object", '{"name": "paci", ...}'],
+    ),
+    "misspelled option": (section({"name": "paci", "flush_frist": 2}), ["did you mean 'flush_first'?"]),
+    "a window for others to fill in": (
+        {**PACI, "gradient_accumulation_steps": "auto"},
+        ["\"gradient_accumulation_steps\" must be a number, got 'auto'"],
+    ),
+    "a norm that is text": ({**PACI, "gradient_clipping": "1.0"}, ["must be a number, got '1.0'"]),
+    "messages that take too long": (section({"name": "paci", "link_cost": 1e300}), ["a message takes at most 1e+09"]),
+    "fp16 with short windows": (
+        {
+            **section({"name": "paci", "decisions": "relayed"}),
+            "gradient_accumulation_steps": 1,
+            "fp16": {"enabled": True},
+        },
+        ["windows of at least 2 micro-batches", "these are of 1", 'use "bf16", "decisions": "meeting", or a schedule'],
     ),
     "window that does not divide": ({**section("chimera"), "gradient_accumulation_steps": 3}, ["3", "use 2 or 4"]),
     "directions that do not divide": (section({"name": "amdp", "directions": 3}), ["directions"]),
@@ -99,7 +129,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "compensation of what is one": (
         section({"name": "pipemare", "compensation": "error_feedback"}),
-        ["corrected weights are a compensation already", '"none"', "paci and pipedream-2bw take it"],
+        ["corrected weights are a compensation already", '"none"', "paci, amdp, pipedream and pipedream-2bw take it"],
     ),
     "an average that forgets nothing": (
         section({"name": "pipemare", "correction_decay": 1.0}),
@@ -107,11 +137,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "fp16": (
         {**section({"name": "paci", "decisions": "latest"}), "fp16": {"enabled": True}},
-        ['"fp16"', "all stages must decide together", '"bf16"', '"relayed" (paci)', '"meeting"'],
+        ['"fp16"', "all stages must decide together", '"bf16", "decisions": "relayed" or "meeting"'],
     ),
     "fp16 with independent updates": (
         {**section({"name": "amdp", "decisions": "local"}), "fp16": {"enabled": True}},
-        ['"fp16"', '"decisions": "relayed" (paci) or "meeting"'],
+        ['"fp16"', 'use "bf16", "decisions": "meeting", or a schedule that flushes'],
     ),
     "amp": ({**PACI, "amp": {"enabled": True}}, ['"amp"', "apex", '"bf16"']),
     "torch_autocast": (
@@ -121,6 +151,13 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "ZeRO-2": ({**PACI, "zero_optimization": {"stage": 2}}, ["ZeRO stage 2", '"stage": 1']),
     "ZeRO-3": ({**PACI, "zero_optimization": {"stage": 3}}, ["ZeRO stage 3", '"stage": 1']),
 }
+
+
+def test_what_is_no_schedule_is_left_alone() -> None:
+    """Keys of other programs, which DeepSpeed ignores, and an optimizer that is offloaded to nowhere."""
+    check_places({"schedule": "cosine", "scheduler": {"type": "WarmupLR"}, "pipelines": 2, "pipeline": {"stages": 2}})
+    assert not offloads({"zero_optimization": {"offload_optimizer": {"device": "none"}}})
+    assert offloads({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
 
 
 class Made(Exception):

@@ -46,7 +46,8 @@ def test_a_schedule_and_its_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schedule", "text", "message"),
     [
-        ("paci", '{"extra": 1}', "schedule 'paci' has no option 'extra'; its options are .*extra_in_flight"),
+        ("paci", '{"extra": 1}', "schedule 'paci' has no option 'extra'.*; its options are .*extra_in_flight"),
+        ("paci", '{"decision": 1, "b": 2}', "no option 'decision' [(]did you mean 'decisions'[?][)], 'b'; its options"),
         ("paci", '{"extra_in_flight": "many"}', "option 'extra_in_flight' of schedule 'paci' is 'many'"),
         ("paci", "{", "is not JSON"),
         ("paci", "[]", "must hold an object with options alone"),
@@ -123,4 +124,13 @@ def test_decisions_common_to_all_stages_are_refused_where_they_do_not_meet() -> 
 def test_windows_that_a_schedule_cannot_have() -> None:
     with pytest.raises(ValueError, match=r"amdp: 7 micro-batches do not divide over 2 directions; use 6 or 8"):
         check_arguments(arguments(global_batch_size=14), read_schedule("amdp", "here"))
-    check_arguments(arguments(global_batch_size=14, rampup_batch_size=[8, 2, 100]), read_schedule("amdp", "here"))
+
+
+
+def test_windows_that_a_growing_batch_comes_to_are_checked_at_the_start() -> None:
+    amdp = read_schedule("amdp", "here")
+    with pytest.raises(ValueError, match=r"amdp: 5 micro-batches do not divide over 2 directions; use 4 or 6"):
+        check_arguments(arguments(rampup_batch_size=["8", "2", "100"]), amdp)
+    with pytest.raises(ValueError, match=r"amdp: 7 micro-batches do not divide"):
+        check_arguments(arguments(global_batch_size=14, rampup_batch_size=[8, 8, 100]), amdp)
+    check_arguments(arguments(rampup_batch_size=[8, 4, 100]), amdp)

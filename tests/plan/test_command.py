@@ -15,6 +15,7 @@ from amdp_plugin.plan import schedules
 
 ROOT = Path(__file__).parents[2]
 PACI = ["plan", "--schedule", "paci", "--stages", "4", "--micro-batches", "4"]
+ONE_F_ONE_B = [*PACI, "--schedule", "1f1b"]
 
 
 def amdp(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -97,7 +98,19 @@ def test_compensation(capfdbinary):
         ([*PACI, "--link-cost", "-1"], "--link-cost is at least 0, got -1"),
         ([*PACI, "--stage-costs", "1,1,x,1"], "--stage-costs wants numbers, as in 1,1,1,1.5, got '1,1,x,1'"),
         ([*PACI, "--stage-costs", "1,1"], "stage costs need one entry for each of 4 stages, got 2"),
-        ([*PACI, "--stage-costs", "1,1,0,1"], "a forward and a backward take at least a nanosecond each"),
+        ([*PACI, "--stage-costs", "1,1,0,1"], "stage costs are numbers above 0; that of stage 2 is 0"),
+        ([*PACI, "--stage-costs", "1,1,1,-1"], "stage costs are numbers above 0; that of stage 3 is -1"),
+        ([*PACI, "--stage-costs", "1,nan,1,1"], "stage costs are numbers above 0; that of stage 1 is nan"),
+        ([*PACI, "--backward-ratio", "1e300"], "a backward takes from 1e-09 to 1e+09"),
+        ([*PACI, "--backward-ratio", "1e-12"], "a backward takes from 1e-09 to 1e+09"),
+        ([*PACI, "--link-cost", "1e300"], "a message takes at most 1e+09, got 1e+300"),
+        ([*PACI, "--flush-first", "-1"], "flush_first cannot be -1; it counts windows, at least 0"),
+        ([*ONE_F_ONE_B, "--flush-first", "3"], "it flushes at every window anyway: leave it out"),
+        ([*ONE_F_ONE_B, "--decisions", "latest"], 'all stages decide together anyway; leave out "decisions": "latest"'),
+        ([*PACI, "--schedule", "PACI"], "xpipe; did you mean 'paci'?"),
+        ([*PACI, "--schedule", "pipedream", "--decisions", "relayed"], "its weights are 'stashed': use "),
+        ([*PACI, "--schedule", "amdp", "--tied", "0,3"], "not in 2; use a schedule whose updates meet"),
+        ([*PACI, "--schedule", "chimera", "--tied", "0,3"], "the host sums the gradients of tied weights"),
         ([*PACI, "--link-cost", "nan"], "--link-cost is at least 0, got nan"),
         ([*PACI, "--format", "gif"], "'gif' is not one of"),
         ([*PACI, "--option", "extra_in_flight"], "--option wants key=value, got 'extra_in_flight'"),

@@ -213,7 +213,7 @@ def test_chimera_halves_the_bubble() -> None:
         ("amdp", 8, 32, {"directions": 8}, "8 stages can run in 1, 2, 4 directions, got 8"),
         ("amdp", 8, 32, {"preload": -1}, "preload cannot be negative, got -1"),
         ("amdp", 8, 32, {"decisions": "never"}, "decisions are local, latest, relayed, meeting; got 'never'"),
-        ("1f1b", 4, 8, {"decisions": "latest"}, "where all stages meet anyway; leave out 'latest'"),
+        ("1f1b", 4, 8, {"decisions": "latest"}, 'leave out "decisions": "latest"'),
         ("chimera", 3, 4, {}, "two mirrored directions need an even number of stages, got 3"),
         ("chimera", 4, 3, {}, "3 micro-batches do not divide over 2 directions; use 2 or 4"),
     ],

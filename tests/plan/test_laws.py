@@ -375,10 +375,11 @@ def test_costs_of_another_depth_are_refused():
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"forward": (0.0, 1.0)}, "at least a nanosecond"),
-        ({"backward": (1.0, float("inf"))}, "finite"),
+        ({"forward": (0.0, 1.0)}, "that of stage 0 takes 0"),
+        ({"backward": (1.0, float("inf"))}, "that of stage 1 takes inf"),
         ({"update": (0.0, -1.0)}, "cannot be negative"),
         ({"link_latency": float("nan")}, "finite"),
+        ({"link_latency": 1e300}, "a message takes at most"),
         ({"link_bandwidth": 0.0}, "must be positive"),
         ({"update": (0.0,)}, "one entry a stage; got 2, 2 and 1"),
     ],

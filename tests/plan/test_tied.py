@@ -228,7 +228,7 @@ def test_a_tied_weight_is_forwarded() -> None:
         ({"tied": ((0,),)}, "two or more"),
         ({"tied": ((0, 4),)}, "of the 4 stages"),
         ({"tied": ((0, 3),), "weights": "stashed", "weight_versions": (2, 2, 2, 2)}, "the latest"),
-        ({"tied": ((0, 3),), "decisions": "meeting"}, "in one meeting"),
+        ({"tied": ((0, 3),), "decisions": "meeting"}, "the host sums the gradients of tied weights"),
         ({"tied": ((1, 3),), "decisions": "relayed"}, "where updates stand 1 backwards late"),
     ],
 )
@@ -238,7 +238,7 @@ def test_what_cannot_be_tied(options, message: str) -> None:
 
 
 def test_several_directions_cannot_be_tied() -> None:
-    with pytest.raises(ValueError, match="not in 2 directions"):
+    with pytest.raises(ValueError, match="in one direction, not in 2; use a schedule whose updates meet"):
         replace(made(BIDIRECTIONAL, 4), tied=((0, 3),))
 
 

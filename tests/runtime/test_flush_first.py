@@ -84,7 +84,7 @@ def test_the_opening_of_every_schedule_obeys_the_laws(
 
 
 def test_what_flushes_anyway_has_no_first_windows() -> None:
-    with pytest.raises(ValueError, match="flush_first counts windows of a schedule that does not flush"):
+    with pytest.raises(ValueError, match="flush_first cannot be 3; it flushes at every window anyway: leave it out"):
         make("1f1b", 2, 2, flush_first=3)
-    with pytest.raises(ValueError, match="flush_first"):
+    with pytest.raises(ValueError, match="flush_first cannot be -1; it counts windows"):
         make("paci", 2, 2, flush_first=-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -73,7 +74,8 @@ def options(name: str) -> Options:
 
 def _find(name: str) -> tuple[Callable[..., Schedule], Options]:
     if name not in BUILT_IN and name not in _third_party():
-        raise ValueError(f"unknown schedule {name!r}; the known ones are {', '.join(names())}")
+        meant = "".join(f"; did you mean {match!r}?" for match in get_close_matches(name.lower(), names(), n=1))
+        raise ValueError(f"unknown schedule {name!r}; the known ones are {', '.join(names())}{meant}")
     found = BUILT_IN[name] if name in BUILT_IN else _load(name)
     return found, options_of(found, _who(name))
 
@@ -147,7 +149,10 @@ def make(
             f"{made.num_stages} stages and windows of {made.micro_batches}"
         )
     if compensation == "none" and strength != 1.0:
-        raise ValueError(f'{name}: strength {strength:g} is of "compensation": "error_feedback", which was not asked')
+        raise ValueError(
+            f'{name}: strength {strength:g} is of "compensation": "error_feedback", which was not asked for; add '
+            "that, or leave strength out"
+        )
     told: dict[str, Any] = {}
     if compensation != "none":
         told.update(compensation=compensation, strength=strength)
@@ -156,8 +161,8 @@ def make(
     if decisions != "auto":
         if made.flush:
             raise ValueError(
-                f"{name}: decisions are of schedules that do not flush at every window, where all stages meet anyway; "
-                f"leave out {decisions!r}"
+                f'{name}: it flushes at every window, where all stages decide together anyway; leave out "decisions": '
+                f'"{decisions}"'
             )
         told.update(decisions=decisions)
     made = _told(made, told) if told else made

@@ -56,7 +56,9 @@ def amdp(
         ValueError: for an odd number of stages, directions that do not divide, or a negative preload.
     """
     if num_stages % 2:
-        raise ValueError(f"amdp: complementary directions need an even number of stages, got {num_stages}")
+        raise ValueError(
+            f"amdp: complementary directions need an even number of stages, got {num_stages}; paci takes any number"
+        )
     most = num_stages // 2
     used = directions or most
     if not 1 <= used <= most or num_stages % used:

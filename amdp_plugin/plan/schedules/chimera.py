@@ -12,7 +12,9 @@ def chimera(num_stages: int, micro_batches: int) -> Schedule:
         ValueError: for an odd number of stages or of micro-batches.
     """
     if num_stages % 2:
-        raise ValueError(f"chimera: two mirrored directions need an even number of stages, got {num_stages}")
+        raise ValueError(
+            f"chimera: two mirrored directions need an even number of stages, got {num_stages}; 1f1b takes any number"
+        )
     return Schedule(
         name="chimera",
         placement=Placement.complementary(num_stages, 2),

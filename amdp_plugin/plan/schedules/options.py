@@ -37,7 +37,7 @@ class CommonOptions:
     """
 
     name: str
-    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    timeout_seconds: Annotated[float, Field(gt=0, le=1e8)] = 600.0  # three years; clocks do not hold infinity
     backward_ratio: Annotated[float, Field(gt=0, lt=inf)] = 2.0
     link_cost: Annotated[float, Field(ge=0, lt=inf)] = 0.0
     stage_costs: list[float] | None = None
