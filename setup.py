@@ -22,8 +22,10 @@ setup(
     name="amdp_plugin",
     version=read_version(),
     description="Asynchronous pipeline-parallel schedules for DeepSpeed and Megatron",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     packages=find_packages(include=["amdp_plugin", "amdp_plugin.*"]),
-    package_data={"amdp_plugin": ["DESIGN.md"]},
+    package_data={"amdp_plugin": ["DESIGN.md", "docs/*.md"]},
     python_requires=">=3.10,<3.14",
     install_requires=["pydantic>=2", "typer", "matplotlib"],
     extras_require={

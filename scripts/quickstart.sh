@@ -17,7 +17,7 @@ compared=(--configs "$configs/1f1b.json" "$configs/paci.json")
 if [[ "${1:-}" == megatron ]]; then
     shift
     output="$output/megatron"
-    compared=(--host megatron --schedules stock "paci:$AMDP_ROOT/megatron_options/error_feedback.json" amdp)
+    compared=(--host megatron --schedules stock "paci:$AMDP_ROOT/scripts/megatron_error_feedback.json" amdp)
 fi
 output="${AMDP_OUTPUT:-$output}"
 

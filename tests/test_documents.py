@@ -1,4 +1,4 @@
-"""What README.md and docs/ say that can be held against the repository."""
+"""What README.md and the documents beside the code say that can be held against the repository."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from amdp_plugin.plan.schedules.options import COMMON
 from amdp_plugin.settings import read_schedule
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "patches" / "README.md"]
+DOCS = ROOT / "amdp_plugin" / "docs"
+DOCUMENTS = [ROOT / "README.md", *DOCS.glob("*.md"), ROOT / "patches" / "README.md"]
 CONFIGURATIONS = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
@@ -39,14 +40,14 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def test_every_schedule_and_option_is_described() -> None:
-    text = (ROOT / "docs" / "options.md").read_text()
+    text = (DOCS / "options.md").read_text()
     own = {option for name in schedules.BUILT_IN for option in schedules.options(name)}
     for word in [*schedules.BUILT_IN, *COMMON, *own]:
         assert f"`{word}`" in text, word
 
 
 def test_every_ready_configuration_is_described() -> None:
-    text = (ROOT / "docs" / "options.md").read_text()
+    text = (DOCS / "options.md").read_text()
     for path in CONFIGURATIONS:
         assert f"`{path.name}`" in text, path
 
@@ -61,8 +62,8 @@ def test_ready_configurations_are_read(path: Path) -> None:
 
 
 def test_ready_options_of_megatron_are_read() -> None:
-    for path in (ROOT / "megatron_options").glob("*.json"):
-        read_schedule({**json.loads(path.read_text()), "name": "paci"}, "here")
+    text = (ROOT / "scripts" / "megatron_error_feedback.json").read_text()
+    read_schedule({**json.loads(text), "name": "paci"}, "here")
 
 
 def commands() -> list[str]:
@@ -79,7 +80,10 @@ def test_plans_of_the_documents_can_be_made(
     assert capfdbinary.readouterr().out or list(tmp_path.iterdir())
 
 
-def test_what_the_plan_says_is_what_the_readme_shows(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_the_plan_says_is_what_the_readme_shows(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     (shown,) = re.findall(r"```text\n(paci: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert main(["plan", "--schedule", "paci", "--stages", "8", "--micro-batches", "8"]) == 0
     assert capfd.readouterr().out.startswith(shown)

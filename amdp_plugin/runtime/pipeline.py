@@ -367,7 +367,7 @@ def _close(reference: weakref.ref[Pipeline]) -> None:
         return
     if pipeline._at_rest and not hasattr(sys, "last_value"):
         with suppress(PipelineStallError):
-            pipeline.executor.quiesce()
+            pipeline.executor.quiesce(updates=False)  # a script may have destroyed the groups that they use
             return
     for transport in pipeline._transports:
         transport.abort()

@@ -328,9 +328,10 @@ def test_stages_in_between(front: int, back: int, size: int) -> None:
         tied=[[(front, stages[front][0].weight), (back, stages[back].words.weight)]], measure=squares, decide=clip,
     )  # fmt: skip
     losses = pipeline.train(data(), job.windows)
-    for result in found:
-        assert result["losses"] == losses
-        ours = result["weights"][result["stage"]]
-        words = ours.pop("tied_modules.words.weight", None)
+    for result in found:  # processors differ in how they round a norm
+        assert result["losses"] == pytest.approx(losses, rel=1e-5)
+        words = result["weights"][result["stage"]].get("tied_modules.words.weight")
+        assert (words is None) == (result["stage"] not in (front, back))
         if words is not None:
-            assert torch.equal(words, stages[front][0].weight) and torch.equal(words, stages[back].words.weight)
+            for expected in (stages[front][0].weight, stages[back].words.weight):
+                torch.testing.assert_close(words, expected.detach(), rtol=1e-5, atol=2e-6)
