@@ -204,7 +204,7 @@ class ScheduledPipelineEngine(PipelineEngine):
     def other_gradients(self) -> Iterable[torch.Tensor]:
         """The sums of gradients of this rank's guests, and of windows that wait for their update."""
         replicas = self.pipeline.replicas.values()
-        guests = (flat for replica in replicas if isinstance(replica, Guest) for flat in replica.gradients)
+        guests = (replica.gradients for replica in replicas if isinstance(replica, Guest))
         return (*guests, *self.pipeline.parked_gradients())
 
     def other_weights(self) -> Iterable[torch.Tensor]:

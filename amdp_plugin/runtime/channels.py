@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..plan.action import BACKWARD, FORWARD, Action
 from ..plan.schedule import Schedule
+from .packing import Spec, pack, packed_spec, parts, specs_of
 from .torch_private import storage_uses
 from .transport import CONTROL_TAGS, HEADER_TAG, REPORT_TAG, SIGNATURE_TAG, SUM_TAG, Incoming, Transport
 from .watch import InStream, Waitable, Watch
@@ -27,11 +27,11 @@ _SIGNATURE_LENGTH = 256
 class Signature(NamedTuple):
     """Shapes and dtypes of the tensors of one message."""
 
-    specs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    specs: tuple[Spec, ...]
 
     @classmethod
     def of(cls, tensors: Tensors) -> Signature:
-        return cls(tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
+        return cls(specs_of(tensors))
 
     def gradients(self) -> Signature:
         """What comes back for them: one gradient for every floating-point tensor."""
@@ -64,7 +64,7 @@ class BufferPool:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._free: dict[tuple[tuple[int, ...], torch.dtype], list[tuple[Tensor, int]]] = {}
+        self._free: dict[Spec, list[tuple[Tensor, int]]] = {}
 
     def get(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A buffer of that shape and dtype, with whatever was in it."""
@@ -91,14 +91,23 @@ def keep_sent(schedule: Schedule) -> int:
 
 
 class _Sent(NamedTuple):
-    """A message that may be on its way still, and what its tensors are sent from."""
+    """A message that may be on its way still, and what it is sent from."""
 
     action: Action | None
-    parts: Sequence[tuple[Waitable, Tensor]]
+    work: Waitable
+    data: Tensor
 
     def is_over(self) -> bool:
         """Where a device says so."""
-        return all(isinstance(work, InStream) and work.is_over() for work, _ in self.parts)
+        return isinstance(self.work, InStream) and self.work.is_over()
+
+
+class _Posted(NamedTuple):
+    """A message that is being received."""
+
+    action: Action
+    signature: Signature
+    incoming: Incoming
 
 
 class _Inbox:
@@ -107,7 +116,7 @@ class _Inbox:
     def __init__(self) -> None:
         self.expected: deque[tuple[Action, bool]] = deque()
         """With each, whether it comes directly (:attr:`.Transport.direct`)."""
-        self.posted: deque[tuple[Action, list[Incoming]]] = deque()
+        self.posted: deque[_Posted] = deque()
         self.arrived: dict[Action, Tensors] = {}
 
 
@@ -152,8 +161,8 @@ class Channels:
             if returns is not None:
                 self._returning[returns] = signature.gradients()
         with self._watch.guard("sending", action, receiver):
-            parts = [self._transport.send(tensor, receiver, action.kind) for tensor in tensors]
-        self._keep(receiver, None, _Sent(action, parts))
+            sent = self._transport.send(pack(tensors), receiver, action.kind)
+        self._keep(receiver, None, _Sent(action, *sent))
 
     def expect(self, sender: int, action: Action) -> None:
         """Begin to receive the message for ``action``, which ``sender`` sends next to this rank.
@@ -233,8 +242,8 @@ class Channels:
 
     def _send_control(self, values: Tensor, receiver: int, tag: int, action: Action | None) -> None:
         with self._watch.guard("sending", action, receiver):
-            part = self._transport.send_control(values, receiver, tag)
-        self._keep(receiver, tag, _Sent(action, [part]))
+            sent = self._transport.send_control(values, receiver, tag)
+        self._keep(receiver, tag, _Sent(action, *sent))
 
     def _receive_control(self, target: Tensor, sender: int, tag: int, what: str, action: Action | None) -> Tensor:
         with self._watch.guard(what, action, sender):
@@ -253,8 +262,7 @@ class Channels:
 
     def _reap(self, receiver: int, outbox: deque[_Sent]) -> None:
         sent = outbox.popleft()
-        for work, _ in sent.parts:
-            self._watch.wait(work, "sending", sent.action, receiver)
+        self._watch.wait(sent.work, "sending", sent.action, receiver)
 
     def _agree(self, receiver: int, action: Action, signature: Signature) -> None:
         agreed = self._sent_signatures.get((receiver, action.stage))
@@ -282,11 +290,9 @@ class Channels:
         action, direct = inbox.expected.popleft()
         self._returning.pop(action, None)
         with self._watch.guard("receiving", action, sender):
-            incoming = [
-                self._transport.receive(self._pool.get(shape, dtype), sender, action.kind, direct)
-                for shape, dtype in signature.specs
-            ]
-        inbox.posted.append((action, incoming))
+            target = self._pool.get(*packed_spec(signature.specs))
+            incoming = self._transport.receive(target, sender, action.kind, direct)
+        inbox.posted.append(_Posted(action, signature, incoming))
 
     def _post_next(self, sender: int, inbox: _Inbox) -> None:
         action, _ = inbox.expected[0]
@@ -301,7 +307,6 @@ class Channels:
     def _receive_next(self, sender: int, inbox: _Inbox) -> None:
         if not inbox.posted:
             self._post_next(sender, inbox)
-        action, incoming = inbox.posted.popleft()
-        for message in incoming:
-            self._watch.wait(message.work, "receiving", action, sender)
-        inbox.arrived[action] = tuple(message.finish() for message in incoming)
+        action, signature, incoming = inbox.posted.popleft()
+        self._watch.wait(incoming.work, "receiving", action, sender)
+        inbox.arrived[action] = tuple(parts(incoming.finish(), signature.specs))

@@ -33,13 +33,13 @@ CONTIGUOUS = torch.contiguous_format
 
 
 class _Receiving(NamedTuple):
-    buffers: list[Tensor]
-    incoming: list[Incoming]
+    buffer: Tensor
+    incoming: Incoming
 
 
 class _Arriving(NamedTuple):
     action: Action
-    incoming: list[Incoming]
+    incoming: Incoming
 
 
 class _Sent(NamedTuple):
@@ -66,7 +66,7 @@ class Exchange:
         self._holders, self._is_tied = schedule.sharing.holders, schedule.sharing.is_tied
         self._replicas, self._transport, self._watch = replicas, transport, watch
         self._homes = {stage: replica for stage, replica in replicas.items() if isinstance(replica, Home)}
-        self._free: dict[int, list[list[Tensor]]] = {stage: [] for stage in self._homes}
+        self._free: dict[int, list[Tensor]] = {stage: [] for stage in self._homes}
         self._kept: list[Tensor] = []
         self._begun: dict[int, dict[int, bool]] = {stage: {} for stage in self._homes}
         """Guests whose gradients may be received, and whether they come directly (:attr:`.Transport.direct`)."""
@@ -81,8 +81,8 @@ class Exchange:
         self.landing = provision.landing
         for stage, free in self._free.items():
             while len(free) < min(provision.gradient_buffers, len(self._holders[stage]) - 1):
-                free.append(self._homes[stage].gradient_buffers())
-                self._kept += free[-1]
+                free.append(self._homes[stage].gradient_buffer())
+                self._kept.append(free[-1])
         for guest in self._guests():
             guest.land(self.landing)
 
@@ -90,9 +90,10 @@ class Exchange:
         """The memory that exchanging takes on this rank, beside the replicas' own."""
         yield from self._kept
         for home in self._homes.values():
-            yield from home.send_buffers
+            yield home.send_buffer
         for guest in self._guests():
-            yield from guest.landing
+            if guest.landing is not None:
+                yield guest.landing
         for tied in tied_guests(self._replicas):
             yield from tied.buffers()
 
@@ -112,21 +113,21 @@ class Exchange:
         """On a guest, send the window's gradients home; at home, add those of the guests, one after the other."""
         replica = self._replicas[action.stage]
         if not isinstance(replica, Home):
-            self._send(action, replica.outgoing(), self._holders[action.stage][:1])
+            self._send(action, [replica.outgoing()], self._holders[action.stage][:1])
             return
         guests = self._holders[action.stage][1:]
         for added, guest in enumerate(guests, start=1):
-            buffers, incoming = self._receiving[action.stage].pop(guest)
-            self._wait(incoming, action, guest)
+            buffer, incoming = self._receiving[action.stage].pop(guest)
+            self._wait([incoming], action, guest)
             with self._watch.timeline.span(str(action)):
-                replica.add([message.finish() for message in incoming])
-            self._free[action.stage].append(buffers)
+                replica.add(incoming.finish())
+            self._free[action.stage].append(buffer)
             self._receive_gradients(action, guests[added:])
 
     def send_weights(self, action: Action) -> None:
         """At home, after the step: start to send the new weights to the guests."""
         self._reap(action.stage)
-        self._send(action, self._homes[action.stage].weights(), self._holders[action.stage][1:])
+        self._send(action, [self._homes[action.stage].weights()], self._holders[action.stage][1:])
 
     def pass_on(self, action: Action) -> None:
         """Of a tied weight: at home, after its stage's step, start to send it; on a guest, take the value."""
@@ -139,7 +140,7 @@ class Exchange:
         replica, home = self._replicas[action.stage], self._holders[action.stage][0]
         assert not isinstance(replica, Home)
         with self._watch.guard("receiving", action, home):
-            incoming = [self._receive(flat, home, action) for flat in replica.incoming()]
+            incoming = self._receive(replica.incoming(), home, action)
         self._arriving.setdefault(action.stage, deque()).append(_Arriving(action, incoming))
 
     def settle(self, stage: int, updates: float = inf) -> None:
@@ -151,9 +152,8 @@ class Exchange:
     def _take(self, stage: int) -> None:
         """Wait for the oldest weights that are on their way."""
         action, incoming = self._arriving[stage].popleft()
-        self._wait(incoming, action, self._holders[stage][0])
-        for message in incoming:
-            message.finish()
+        self._wait([incoming], action, self._holders[stage][0])
+        incoming.finish()
         self._reap(stage, action.index)  # the home has stepped, so it has had the gradients
         replica = self._replicas[stage]
         assert not isinstance(replica, Home)
@@ -228,10 +228,10 @@ class Exchange:
         begun, receiving, free = self._begun[stage], self._receiving[stage], self._free[stage]
         while (guest := next_guest(to_add, begun, receiving, len(free))) is not None:
             direct = begun.pop(guest)
-            buffers = free.pop()
+            buffer = free.pop()
             with self._watch.guard("receiving", action, guest):
-                incoming = [self._receive(buffer, guest, action, direct) for buffer in buffers]
-            receiving[guest] = _Receiving(buffers, incoming)
+                incoming = self._receive(buffer, guest, action, direct)
+            receiving[guest] = _Receiving(buffer, incoming)
 
     def _send(self, action: Action, tensors: Iterable[Tensor], receivers: Iterable[int]) -> None:
         tensors, kept = list(tensors), self._sent.setdefault(action.stage, [])

@@ -1,17 +1,18 @@
 """The weights and gradients of a stage that lives on several ranks: at home, and as a guest elsewhere.
 
-Gradients travel to the home and weights come back as flat tensors, one for every dtype, in the order of the
-module's parameters, which is the same on all ranks.
+Gradients travel to the home and weights come back as one message each (:mod:`.packing`): a flat tensor for every dtype,
+in the order of the module's parameters, which is the same on all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..plan.placement import Placement
+from .packing import Spec, allocate, parts
 
 Parameters = list[nn.Parameter]
 GradientOf = Callable[[nn.Parameter], Tensor]
@@ -36,28 +37,30 @@ class Home:
     def __init__(
         self, module: nn.Module, sum_dtype: torch.dtype | None = None, gradient_of: GradientOf = gradient_of
     ) -> None:
-        self._groups, self._sum_dtype, self._gradient_of = _groups(module), sum_dtype, gradient_of
-        self.send_buffers = [_flat(group, group[0].dtype) for group in self._groups]
+        self._groups, self._gradient_of = _groups(module), gradient_of
+        self._device = _device(module)
+        self._weights, self._gradients = _specs(self._groups), _specs(self._groups, sum_dtype)
+        self.send_buffer = allocate(self._weights, self._device)
 
-    def gradient_buffers(self) -> list[Tensor]:
-        """New buffers for the gradients of one guest."""
-        return [_flat(group, self._sum_dtype or group[0].dtype) for group in self._groups]
+    def gradient_buffer(self) -> Tensor:
+        """A new buffer for the gradients of one guest."""
+        return allocate(self._gradients, self._device)
 
     @torch.no_grad()
-    def add(self, gradients: Sequence[Tensor]) -> None:
+    def add(self, gradients: Tensor) -> None:
         """Add the gradients of a guest to those of this rank."""
-        for group, flat in zip(self._groups, gradients, strict=True):
+        for group, flat in zip(self._groups, parts(gradients, self._gradients), strict=True):
             for parameter, part in _parts(group, flat):
                 own = self._gradient_of(parameter)
                 own.add_(part.view(own.shape))
 
     @torch.no_grad()
-    def weights(self) -> list[Tensor]:
-        """The present weights, in :attr:`send_buffers`, which the next call overwrites."""
-        for group, flat in zip(self._groups, self.send_buffers, strict=True):
+    def weights(self) -> Tensor:
+        """The present weights, in :attr:`send_buffer`, which the next call overwrites."""
+        for group, flat in zip(self._groups, parts(self.send_buffer, self._weights), strict=True):
             for parameter, part in _parts(group, flat):
                 part.copy_(parameter.view(-1))
-        return self.send_buffers
+        return self.send_buffer
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -68,25 +71,26 @@ class Home:
 
 
 class Guest:
-    """A replica of a stage away from its home: flat weights, flat gradients, no optimizer state.
+    """A replica of a stage away from its home: weights and gradients as they travel, no optimizer state.
 
     Args:
         module: the replica. Its parameters become views of :attr:`weights`.
         sum_dtype: dtype of the sums of gradients; by default that of the parameters.
 
     Attributes:
-        weights: a tensor for every dtype of the parameters.
+        weights: those of all parameters.
         gradients: the sums of gradients, in the same order.
         landing: where new weights are received, if that is not straight in :attr:`weights`.
     """
 
     def __init__(self, module: nn.Module, sum_dtype: torch.dtype | None = None) -> None:
         groups = _groups(module)
-        self.weights = [_flat(group, group[0].dtype) for group in groups]
-        self.gradients = [_flat(group, sum_dtype or group[0].dtype).zero_() for group in groups]
-        self.landing: list[Tensor] = []
+        device, specs, sum_specs = _device(module), _specs(groups), _specs(groups, sum_dtype)
+        self.weights, self.gradients = allocate(specs, device), allocate(sum_specs, device).zero_()
+        self.landing: Tensor | None = None
         self._sums: list[tuple[nn.Parameter, Tensor]] = []
-        for group, weights, gradients in zip(groups, self.weights, self.gradients, strict=True):
+        flats = parts(self.weights, specs), parts(self.gradients, sum_specs)
+        for group, weights, gradients in zip(groups, *flats, strict=True):
             for (parameter, weight), (_, total) in zip(_parts(group, weights), _parts(group, gradients), strict=True):
                 weight.copy_(parameter.detach().view(-1))
                 parameter.data = weight.view(parameter.shape)
@@ -103,29 +107,28 @@ class Guest:
                 total.add_(parameter.grad)
                 parameter.grad = None
 
-    def outgoing(self) -> list[Tensor]:
+    def outgoing(self) -> Tensor:
         """The gradients to be sent."""
         return self.gradients
 
     def land(self, landing: bool) -> None:
         """Whether new weights are received beside those that the stage computes with; nothing may be on its way."""
-        self.landing = [torch.empty_like(weights) for weights in self.weights] if landing else []
+        self.landing = torch.empty_like(self.weights) if landing else None
 
-    def incoming(self) -> list[Tensor]:
+    def incoming(self) -> Tensor:
         """Where the new weights are received: by default straight in those that the stage computes with."""
-        return self.landing or self.weights
+        return self.weights if self.landing is None else self.landing
 
     @torch.no_grad()
     def arrived(self) -> None:
         """The new weights are there: compute with them. The home has had the gradients."""
-        for weights, landed in zip(self.weights, self.landing, strict=False):
-            weights.copy_(landed)
+        if self.landing is not None:
+            self.weights.copy_(self.landing)
         self.clear()
 
     def clear(self) -> None:
         """Set the sums of gradients to zero."""
-        for gradients in self.gradients:
-            gradients.zero_()
+        self.gradients.zero_()
 
 
 Replica = Home | Guest
@@ -160,8 +163,15 @@ def _groups(module: nn.Module) -> list[Parameters]:
     return list(groups.values())
 
 
-def _flat(group: Parameters, dtype: torch.dtype) -> Tensor:
-    return torch.empty(sum(parameter.numel() for parameter in group), dtype=dtype, device=group[0].device)
+def _device(module: nn.Module) -> torch.device:
+    """Where ``module`` is; of one without any tensor, where this process computes."""
+    here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), here)
+
+
+def _specs(groups: list[Parameters], dtype: torch.dtype | None = None) -> list[Spec]:
+    """Of flat tensors for each of ``groups``, by default of its own dtype."""
+    return [((sum(parameter.numel() for parameter in group),), dtype or group[0].dtype) for group in groups]
 
 
 def _parts(group: Parameters, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:

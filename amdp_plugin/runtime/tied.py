@@ -53,19 +53,19 @@ class TiedGuest:
             yield from buffers
 
     @torch.no_grad()
-    def outgoing(self) -> list[Tensor]:
+    def outgoing(self) -> Tensor:
         """The sum of the window that closes, to be sent, until :meth:`arrived`; the next one begins."""
         total = self._gradient_of(self._parameter)
         copy = self._free_sums.pop() if self._free_sums else torch.empty_like(self._value, dtype=self._sum_dtype)
         copy.copy_(total.reshape(-1))
         total.zero_()
         self._sending.append(copy)
-        return [copy]
+        return copy
 
-    def incoming(self) -> list[Tensor]:
+    def incoming(self) -> Tensor:
         """Where the next value is received, while those before it come, or are in use."""
         self._receiving.append(self._free_values.pop() if self._free_values else torch.empty_like(self._value))
-        return [self._receiving[-1]]
+        return self._receiving[-1]
 
     def arrived(self) -> None:
         """The oldest value that is received is there: compute with it. The home has had the oldest sum."""

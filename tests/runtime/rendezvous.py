@@ -22,7 +22,7 @@ BEGUN_TAG = 60
 
 
 class Given(NamedTuple):
-    """One tensor's send or receive, for an action of ``kind``."""
+    """A message's send or receive, for an action of ``kind``."""
 
     sends: bool
     peer: int
@@ -124,7 +124,7 @@ class Rendezvous:
         return taken
 
     def retained(self) -> Counter[End]:
-        """Tensors that are sent and that somebody still holds, at every end of a link."""
+        """Messages that are sent and that somebody still holds, at every end of a link."""
         return Counter(each.end for each in self.under_way if each.end.sends)
 
 
