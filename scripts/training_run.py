@@ -86,7 +86,8 @@ class Report:
         self.log_every = arguments.log_every
         self.last_step = arguments.steps
         self.tokens_per_step = tokens_per_step
-        self.training_loss = self.validation_loss = float("nan")
+        self.training_loss = float("nan")
+        self.validation_loss: float | None = None
         self.seconds: list[float] = []
         draw = self.enabled and (arguments.progress or sys.stderr.isatty())
         self.bar = tqdm(total=arguments.steps, initial=first_step, unit="step", disable=not draw)
@@ -109,9 +110,10 @@ class Report:
     def summary(self, step: int) -> None:
         """One line at the end. The first step is left out of the speed: it pays for set-up."""
         self.bar.close()
+        validated = "" if self.validation_loss is None else f"validation loss {self.validation_loss:.6f}, "
         self.write(
-            f"finished {step} steps: training loss {self.training_loss:.6f}, validation loss "
-            f"{self.validation_loss:.6f}, {self.speed(self.seconds[1:] or self.seconds):,.0f} tokens/s"
+            f"finished {step} steps: training loss {self.training_loss:.6f}, {validated}"
+            f"{self.speed(self.seconds[1:] or self.seconds):,.0f} tokens/s"
         )
 
     def speed(self, seconds: list[float]) -> float:
