@@ -140,7 +140,7 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_study_that_is_killed_goes_on_nowhere(tmp_path: Path) -> None:
-    told = ["study", "--stages", "2", "--steps", "100000", "--model", MODEL, "--processes", "2", "--out", str(tmp_path)]
+    told = ["study", "--stages", "2", "--steps", "5000", "--model", MODEL, "--processes", "2", "--out", str(tmp_path)]
     study = subprocess.Popen([sys.executable, "-m", "amdp_plugin.cli", *told], stderr=subprocess.PIPE, text=True)
     assert study.stderr is not None
     seen = ""
