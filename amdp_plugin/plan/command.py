@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from . import schedules
+from .collection import uncollected
 from .costs import CostModel
 from .planner import Planner
 from .render import text_grid
@@ -74,8 +75,8 @@ def plan(
     costs = CostModel.relative(
         stages, backward_ratio=backward_ratio, link_cost=link_cost, stage_costs=_read_costs(stage_costs or "")
     )
-    planner = Planner(chosen, costs)
-    content, deadlock_free = _content(planner, windows, format)
+    with uncollected():
+        content, deadlock_free = _content(Planner(chosen, costs), windows, format)
     _write(content, out)
     return 0 if deadlock_free else EXIT_DEADLOCK
 

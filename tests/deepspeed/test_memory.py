@@ -165,9 +165,9 @@ def announced(rank: int, job: Job) -> str:
 def test_error_feedback_is_announced_with_what_it_takes(case: str) -> None:
     """Stages that are large enough to be seen in MiB."""
     changes, _ = CASES[case]
-    job = replace(job_of(changes, {"name": "paci", **FEEDBACK}), layers_per_stage=3000)
+    job = replace(job_of(changes, {"name": "paci", **FEEDBACK}), layers_per_stage=700)
     text = run_ranks(job.world, announced, job)[0]
-    size = f"{3000 * NUMBERS / LAYERS * WHOLE / 2**20:.1f}"
+    size = f"{700 * NUMBERS / LAYERS * WHOLE / 2**20:.1f}"
     assert f"weights        {size} ({size})  {size} ({size})" in text
     assert (f"plain iterate  {size}  {size}" in text) is (case == "fp32")
     assert "x = z + 0.5 (z - z_before)" in text

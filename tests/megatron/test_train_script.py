@@ -42,6 +42,7 @@ def text(tmp_path: Path) -> Path:
 # The job
 
 FEEDBACK = "feedback.json"
+MIXED = ["--bf16", "--distributed-optimizer"]
 
 
 def train(folder: Path, text: Path, *arguments: str) -> tuple[list[tuple[int, str, float]], str]:
@@ -60,10 +61,12 @@ def train(folder: Path, text: Path, *arguments: str) -> tuple[list[tuple[int, st
     ("options", "announced"),
     [
         ([], ""),
-        (["--pipeline-schedule", "paci", "--bf16", "--distributed-optimizer"], "paci: 2 stages on 2 ranks"),
-        (["--pipeline-schedule", "paci", "--pipeline-schedule-options", FEEDBACK], "error feedback, x = z + 0."),
+        (
+            ["--pipeline-schedule", "paci", "--pipeline-schedule-options", FEEDBACK, *MIXED],
+            "error feedback, x = z + 0.",
+        ),
     ],
-    ids=["stock", "paci", "error feedback"],
+    ids=["stock", "paci"],
 )
 def test_a_job_learns_and_its_checkpoint_goes_on_as_it_did(
     tmp_path: Path, text: Path, options: list[str], announced: str
