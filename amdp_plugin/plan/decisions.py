@@ -105,10 +105,13 @@ def _known_at_updates(program: Program, order: Iterable[Place]) -> Iterator[tupl
     backwards = [0] * schedule.num_stages
     known = [(NOTHING,) * schedule.num_stages for _ in program.rows]
     sent: dict[Place, tuple[int, ...]] = {}
+    heard: dict[tuple[int, int], tuple[int, ...]] = {}
+    """By rank and sender, what came last: most messages bring nothing new."""
     for rank, action in order:
         stage, kind, index = action
         for place in schedule.dependencies(rank, action):
-            if place[0] != rank:
+            if place[0] != rank and heard.get((rank, place[0])) is not sent[place]:
+                heard[rank, place[0]] = sent[place]
                 known[rank] = _later(known[rank], sent[place])
         if not schedule.sharing.is_tied(stage) and rank == homes[stage]:
             # What the guests of a tied weight have summed up has set out before the last backward at its home.
@@ -125,4 +128,6 @@ def _known_at_updates(program: Program, order: Iterable[Place]) -> Iterator[tupl
 
 
 def _later(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    return one if one is other else tuple(map(max, one, other))
+    """The later window of each stage; ``one`` itself, where ``other`` knows of none."""
+    both = tuple(map(max, one, other))
+    return one if both == one else both
