@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import typer
 
 from .compare.command import CompareCommand, compare
+from .compare.launching import EXIT_USAGE
 from .doctor.command import doctor
 from .plan.command import plan
 from .study.command import StudyCommand, study
 
 EXIT_FAILURE = 1
-EXIT_USAGE = 2
 
 app = typer.Typer(
     help="Asynchronous pipeline schedules for DeepSpeed and Megatron.",

@@ -118,7 +118,7 @@ class Exchange:
         guests = self._holders[action.stage][1:]
         for added, guest in enumerate(guests, start=1):
             buffer, incoming = self._receiving[action.stage].pop(guest)
-            self._wait([incoming], action, guest)
+            self._wait(incoming, action, guest)
             with self._watch.timeline.span(str(action)):
                 replica.add(incoming.finish())
             self._free[action.stage].append(buffer)
@@ -152,7 +152,7 @@ class Exchange:
     def _take(self, stage: int) -> None:
         """Wait for the oldest weights that are on their way."""
         action, incoming = self._arriving[stage].popleft()
-        self._wait([incoming], action, self._holders[stage][0])
+        self._wait(incoming, action, self._holders[stage][0])
         incoming.finish()
         self._reap(stage, action.index)  # the home has stepped, so it has had the gradients
         replica = self._replicas[stage]
@@ -184,7 +184,7 @@ class Exchange:
                 continue
             for tensor in tensors:
                 incoming = self._receive(torch.empty_like(tensor, memory_format=CONTIGUOUS), home, action)
-                self._wait([incoming], action, home)
+                self._wait(incoming, action, home)
                 tensor.copy_(incoming.finish())
         for guest in tied_guests(self._replicas):
             guest.adopt()
@@ -219,9 +219,10 @@ class Exchange:
         if unit in self._homes:
             self._send(action, copies, guests)
             return copies
-        incoming = [self._receive(copy, home, action) for copy in copies]
-        self._wait(incoming, action, home)
-        return [message.finish() for message in incoming]
+        arriving = [self._receive(copy, home, action) for copy in copies]
+        for incoming in arriving:
+            self._wait(incoming, action, home)
+        return [incoming.finish() for incoming in arriving]
 
     def _receive_gradients(self, action: Action, to_add: Sequence[int]) -> None:
         stage = action.stage
@@ -244,9 +245,8 @@ class Exchange:
         direct = self._transport.direct if direct is None else direct
         return self._transport.receive(target, sender, action.kind, direct)
 
-    def _wait(self, incoming: Iterable[Incoming], action: Action, sender: int) -> None:
-        for message in incoming:
-            self._watch.wait(message.work, "receiving", action, sender)
+    def _wait(self, incoming: Incoming, action: Action, sender: int) -> None:
+        self._watch.wait(incoming.work, "receiving", action, sender)
 
     def _reap(self, stage: int, window: float = inf) -> None:
         """Wait until what was sent for ``stage``, in windows up to that, has left its buffers."""
