@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 from .action import REDUCE, UPDATE, Action
 from .schedule import Schedule
 
 
-class Holding:
+class _Stepped:
+    """What is reduced, if several ranks hold it, and updated once a window."""
+
+    reduces: bool
+
+    def __init__(self) -> None:
+        self.reductions = self.updates = 0
+        self.most_reductions = self.most_updates = inf
+
+    @property
+    def has_had_portion(self) -> bool:
+        """Whether no more may be done with it."""
+        return self.reductions >= self.most_reductions and self.updates >= self.most_updates
+
+    def portion(self) -> None:
+        """Let it be reduced and updated no more than once from now on."""
+        self.most_reductions, self.most_updates = self.reductions + self.reduces, self.updates + 1
+
+    def may(self, action: Action) -> bool:
+        """Whether that is within its portion."""
+        return self.reductions < self.most_reductions if action.kind == REDUCE else self.updates < self.most_updates
+
+
+class Holding(_Stepped):
     """A stage on one of the ranks that hold it: how far its windows have come."""
 
     def __init__(self, schedule: Schedule, rank: int, stage: int) -> None:
+        super().__init__()
         self.rank, self.stage = rank, stage
         self.home, *self.guests = schedule.placement.holders[stage]
+        self.reduces = bool(self.guests)
         self.per_window = schedule.backwards_per_window(rank, stage)
         self.delay = schedule.update_delay[stage]
         self.late = schedule.windows_late(rank, stage)
-        self.backwards = self.reductions = self.updates = 0
+        self.backwards = 0
         self.tied: list[TiedHolding] = []
         """The tied weights that it computes with."""
 
@@ -52,7 +78,7 @@ class Holding:
         return self.backwards - window * self.per_window, reductions, self.updates - window
 
 
-class TiedHolding:
+class TiedHolding(_Stepped):
     """Goes with the :class:`Holding` of its stage on the rank, whose backwards are its own.
 
     A guest sends the sum of a window and goes on to the next, whatever has become of the one before, so that several
@@ -63,11 +89,13 @@ class TiedHolding:
         carrier: the stage.
     """
 
+    reduces = True
+
     def __init__(self, schedule: Schedule, unit: int, carrier: Holding) -> None:
+        super().__init__()
         self.rank, self.stage, self._carrier = carrier.rank, unit, carrier
         self.home, *self.guests = schedule.sharing.holders[unit]
         self.late = schedule.windows_late(self.rank, unit)
-        self.reductions = self.updates = 0
         carrier.tied.append(self)
 
     @property

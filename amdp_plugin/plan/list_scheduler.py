@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from math import inf
 
 from .action import BACKWARD, FORWARD, KINDS, REDUCE, UPDATE, Action
 from .costs import CostModel, ticks
@@ -30,10 +31,15 @@ class ListScheduler:
         schedule: what is simulated.
         costs: how long everything takes.
         priority: one of the schedule's.
+        free_windows: after so many, every rank does the same in each: as many forwards and backwards on every lane, a
+            reduction and an update of all that it holds, and nothing beyond. The first of those ends as it begins, so
+            that it may repeat for ever.
     """
 
-    def __init__(self, schedule: Schedule, costs: CostModel, priority: Priority) -> None:
-        self.schedule, self.priority = schedule, priority
+    def __init__(
+        self, schedule: Schedule, costs: CostModel, priority: Priority, free_windows: float = inf
+    ) -> None:
+        self.schedule, self.priority, self.free_windows = schedule, priority, free_windows
         self.link, self.meeting_ticks = costs.link_ticks(), costs.meeting_ticks(schedule.num_ranks)
         self.directions, self.last_stage = schedule.placement.directions, schedule.num_stages - 1
         self.mean_forward = ticks(sum(costs.forward) / costs.num_stages)
@@ -149,7 +155,7 @@ class ListScheduler:
 
     def _due(self, rank: int) -> Action | None:
         """A reduction, because others wait for it, or an update that ``rank`` may start now."""
-        due = [holding.next for holding in self.unfinished[rank] if self._is_due(holding)]
+        due = [each.next for each in self.unfinished[rank] if each.may(each.next) and self._is_due(each)]
         return min(due, key=lambda action: action.kind == UPDATE, default=None)
 
     def _is_due(self, holding: Holding | TiedHolding) -> bool:
@@ -208,13 +214,13 @@ class ListScheduler:
             holding = lane.holding
             # Another gradient is accumulated only where the update that is due lets it (law 4).
             most = (holding.updates + 1) * holding.per_window + holding.delay
-            if lane.backward_arrivals and holding.backwards < most:
+            if lane.backward_arrivals and holding.backwards < most and lane.backwards < lane.most_backwards:
                 time, sent = lane.backward_arrivals[0]
                 micro_batch = lane.direction + directions * lane.backwards
                 # Directions that share a sum of gradients go window by window, whatever the priority would start.
                 if time <= now and sent <= closed and micro_batch // size <= holding.completed:
                     ready.append((Action(lane.stage, BACKWARD, micro_batch), time))
-            forward = self._next_forward(rank, lane)
+            forward = self._next_forward(rank, lane) if lane.forwards < lane.most_forwards else None
             if forward and holding.applied >= self.schedule.updates_before(forward[0].index):
                 ready.append(forward)
         return ready
@@ -252,8 +258,9 @@ class ListScheduler:
         heapq.heappush(self.events, (finish, rank))
         if action.kind == FORWARD:
             self._forward(rank, action, finish)
-            return
-        if action.kind == BACKWARD:
+            if self.closed[rank] < self.free_windows:
+                return
+        elif action.kind == BACKWARD:
             self._backward(rank, action, finish)
         elif action.kind == REDUCE:
             self._reduce(rank, action, finish)
@@ -353,8 +360,16 @@ class ListScheduler:
         Most often what it did ``latest`` tells at once that there is more to do.
         """
         window = self.closed[rank] + 1
-        if not latest.closes(window) or not all(each.closes(window) for each in self.units[rank].values()):
+        units, lanes = self.units[rank].values(), self.lanes_of[rank]
+        if not latest.closes(window) or not all(each.closes(window) for each in units):
+            return
+        if window > self.free_windows and not all(each.has_had_portion for each in (*units, *lanes)):
             return
         self.closed[rank] = window
         self.behind -= not self.window_ends[rank]
         self.window_ends[rank].append(len(self.rows[rank]))
+        if window >= self.free_windows:
+            for lane in lanes:
+                lane.portion(self.schedule.micro_batches // self.directions)
+            for unit in units:
+                unit.portion()

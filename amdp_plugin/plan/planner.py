@@ -2,7 +2,7 @@
 
 Planners of the same schedule and costs generate the same program. As soon as the state at the
 end of a window repeats, up to a shift in time and in micro-batches, the windows between repeat for ever
-and are no longer computed.
+and are no longer computed. Where it does not soon, a window is made that ends as it begins.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from .postings import Postings, postings, shifted
 from .program import Program, Row
 from .schedule import Schedule
 
-ACTIONS_TO_EXAMINE = 100_000
-"""How many actions are generated, at most, in the search for the windows that repeat for ever."""
+ACTIONS_TO_EXAMINE, WINDOWS_TO_EXAMINE = 100_000, 512
+"""How much is generated, at most, in the search for windows that repeat by themselves, unless the pipeline is not full
+before."""
 
 TRIAL_WINDOWS, FILLED_WINDOWS = 13, 3
 """Windows that a trial of a priority simulates, at most, and how many of them fill the pipeline and do not count. Some
@@ -73,7 +74,10 @@ class Planner:
         self._postings: dict[tuple[int, bool], tuple[Postings, ...]] = {}
         self.choice = choice or _choose(schedule, self.costs)
         self.schedule = _candidates(schedule)[self.choice.candidate]
-        self._list_scheduler = ListScheduler(self.schedule, self.costs, self.schedule.priorities[self.choice.order])
+        self._examined = _windows_to_examine(self.schedule)
+        free = inf if self.schedule.flush_every else self._examined - 1
+        priority = self.schedule.priorities[self.choice.order]
+        self._list_scheduler = ListScheduler(self.schedule, self.costs, priority, free)
 
     @classmethod
     def from_windows(
@@ -108,19 +112,16 @@ class Planner:
         rows = (tuple(action for part in parts for action in part[rank]) for rank in range(self.schedule.num_ranks))
         return Program(self.schedule, windows, tuple(rows))
 
-    def steady_windows(self, limit: int | None = None) -> tuple[int, int]:
+    def steady_windows(self) -> tuple[int, int]:
         """(first, last + 1) of the windows that repeat for ever.
 
-        Where none was seen to repeat within ``limit`` windows, the later half of those. By default as many are looked
-        at as a start of a run has time for, the same on all ranks.
+        Those of a pipeline that is flushed every so many windows may be too many to look at: then the later half of
+        the first ones, the same on all ranks.
         """
-        if limit is None:
-            per_window = 2 * self.schedule.num_stages * self.schedule.micro_batches
-            limit = min(512, max(4, ACTIONS_TO_EXAMINE // per_window))
-        while self.period is None and len(self._windows) < limit:
+        while self.period is None and len(self._windows) < self._examined:
             self._generate()
         if self.period is None:  # others may have asked for later windows
-            return limit // 2, limit
+            return self._examined // 2, self._examined
         count = len(self._windows)
         return count - self.period, count
 
@@ -130,9 +131,7 @@ class Planner:
         Where no repetition was seen, those of :meth:`steady_windows`.
         """
         first, last = self.steady_windows()
-        schedule = self.schedule
-        carried = -(-max(schedule.in_flight) * schedule.placement.directions // schedule.micro_batches)
-        later = last - first + carried if self.period else 0
+        later = last - first + _windows_in_flight(self.schedule) if self.period else 0
         return range(first + later, last + later)
 
     def _shift(self, index: int) -> int:
@@ -151,7 +150,23 @@ class Planner:
         first = self._states.setdefault(state, index)
         if first != index:
             self.period = index - first
+        elif index == self._list_scheduler.free_windows:
+            self.period = 1
+        if self.period:
             self._states.clear()
+
+
+def _windows_to_examine(schedule: Schedule) -> int:
+    """At least one when the pipeline is full and the first late updates are over, and the like one after it."""
+    per_window = 2 * schedule.num_stages * schedule.micro_batches
+    by_time = min(WINDOWS_TO_EXAMINE, ACTIONS_TO_EXAMINE // per_window)
+    late = (schedule.windows_late(rank, unit) for rank, units in enumerate(schedule.sharing.units) for unit in units)
+    return max(by_time, _windows_in_flight(schedule) + max(late) + 2)
+
+
+def _windows_in_flight(schedule: Schedule) -> int:
+    """How many windows the micro-batches are of that may be in flight at once, at most."""
+    return -(-max(schedule.in_flight) * schedule.placement.directions // schedule.micro_batches)
 
 
 def _choose(schedule: Schedule, costs: CostModel) -> Choice:

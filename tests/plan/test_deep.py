@@ -27,9 +27,9 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     stages: list[int] = []
 
     class Noted(ListScheduler):
-        def __init__(self, schedule: Schedule, costs: CostModel, priority: Priority) -> None:
+        def __init__(self, schedule: Schedule, costs: CostModel, priority: Priority, *free_windows: float) -> None:
             stages.append(schedule.num_stages)
-            super().__init__(schedule, costs, priority)
+            super().__init__(schedule, costs, priority, *free_windows)
 
     monkeypatch.setattr(planner_module, "ListScheduler", Noted)
     planner_module._fastest.cache_clear()
@@ -40,8 +40,8 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_64_stages_are_tried_on_16_and_proved_on_64(name: str, options: dict[str, Any], simulated: list[int]) -> None:
     planner = Planner(make(name, 64, 64, **options))
     assert set(simulated) == {TRIAL_STAGES, 64} and simulated.count(64) == 1
-    program = planner.program(2)
-    assert len(verify(program)) == sum(map(len, program.rows))
+    program = planner.program(planner.settled_windows().stop)
+    assert planner.period and len(verify(program)) == sum(map(len, program.rows))
 
 
 def test_what_stands_where_the_smaller_choice_does_is_taken() -> None:

@@ -185,7 +185,7 @@ def test_a_stage_forwards_beyond_a_flush_after_its_update_and_else_does_not_wait
                     assert done == {window // every}
             elif kind == "B":
                 flying[stage].remove(index)
-    planner.steady_windows(limit=64)
+    planner.steady_windows()
     assert planner.period is None or planner.period % (every or 1) == 0
 
 
