@@ -7,11 +7,10 @@ was issued to it earlier has started. A host may wait for its whole device after
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
-from itertools import permutations
+from itertools import chain
 from typing import NamedTuple
 
 from .action import Action
@@ -50,7 +49,7 @@ class DeviceDeadlock(Exception):
     """Devices would wait for each other for ever; ``circle`` says who for whom."""
 
     def __init__(self, circle: Sequence[str]) -> None:
-        super().__init__(" <- ".join(circle))
+        super().__init__("; ".join(circle))
         self.circle = circle
 
 
@@ -134,109 +133,90 @@ def check(of_ranks: Sequence[Sequence[Step]], device: Device) -> None:
     Raises:
         DeviceDeadlock: when there is none.
     """
-    instants = _Instants()
-    sides: defaultdict[Message, list[_Side]] = defaultdict(list)
-    for rank, of_rank in enumerate(of_ranks):
-        for message, side in _Host(rank, device, instants).run(of_rank):
-            sides[message].append(side)
-    for both in sides.values():
-        for one, other in permutations(both, 2):
-            instants.put_after(one.end, other.start)
-    instants.order()
+    queues = [queue for of_rank in of_ranks for queue in _queues(of_rank, device)]
+    other = _other_sides(operation for of_rank in of_ranks for step in of_rank for operation in step)
+    started: set[Operation] = set()
+    over: set[Operation] = set()
+    waiting: defaultdict[Operation, list[_Queue]] = defaultdict(list)
+    runnable = deque(queues)
+    while runnable:
+        queue = runnable.popleft()
+        while queue.waits:
+            operation, needs = queue.waits[0]
+            missing = next((need for need in chain(*needs) if need not in over), None)
+            if missing is not None:
+                waiting[missing].append(queue)
+                break
+            queue.waits.popleft()
+            started.add(operation)
+            both = (operation, other[operation]) if operation in other else (operation,)
+            if started.issuperset(both):
+                over.update(both)
+                for side in both:
+                    runnable.extend(waiting.pop(side, ()))
+    if any(queue.waits for queue in queues):
+        raise DeviceDeadlock(_circle(queues, other, started, over))
 
 
-class _Instants:
-    """When operations start and end, and hosts go on: instants by number, each after others."""
+class _Queue:
+    """A hardware queue: what is still to start there, in this order.
+
+    Every operation has what must be over before: what its host waits for, and what its stream does.
+    """
 
     def __init__(self) -> None:
-        self._what: list[object] = ["the beginning"]
-        self._graph: TopologicalSorter[int] = TopologicalSorter()
-
-    def new(self, what: object, *after: int) -> int:
-        """Another instant, called ``what``."""
-        number = len(self._what)
-        self._what.append(what)
-        self._graph.add(number, *after)
-        return number
-
-    def as_soon_as(self, after: set[int], what: object) -> int:
-        """The instant when all of ``after`` have been: of one, that itself."""
-        return next(iter(after)) if len(after) == 1 else self.new(what, *after)
-
-    def put_after(self, one: int, other: int) -> None:
-        self._graph.add(one, other)
-
-    def order(self) -> None:
-        """Raises :class:`DeviceDeadlock` where some would have to come before themselves."""
-        try:
-            self._graph.prepare()
-        except CycleError as error:
-            raise DeviceDeadlock([_told(self._what[number]) for number in error.args[1]]) from None
+        self.waits: deque[tuple[Operation, tuple[Step, Step]]] = deque()
 
 
-def _told(what: object) -> str:
-    if not isinstance(what, tuple):
-        return str(what)
-    if isinstance(what[0], Operation):
-        operation, verb = what
-        return f"{operation} {verb}"
-    return "the host of rank {} waits for its device after step {}".format(*what)
+def _queues(of_rank: Sequence[Step], device: Device) -> list[_Queue]:
+    """Those of one rank's device, whose streams take them in turn."""
+    queues = [_Queue() for _ in range(device.queues)]
+    queue_of: dict[Link | None, _Queue] = {None: queues[0]}
+    last: dict[Link | None, Operation] = {}
+    host: Step = []
+    computed: list[Step] = []
+    for number, step in enumerate(of_rank):
+        if not device.synchronizes and number >= HOST_AHEAD:
+            host = computed[number - HOST_AHEAD]
+        for operation in step:
+            what = operation.what
+            link = None if isinstance(what, Action) else what.link
+            before = [*operation.after, last[link]] if link in last else [*operation.after]
+            queue = queue_of.setdefault(link, queues[len(queue_of) % device.queues])
+            queue.waits.append((operation, (host, before)))
+            last[link] = operation
+        computed.append([operation for operation in step if isinstance(operation.what, Action)])
+        if device.synchronizes and step:
+            host = step
+    return queues
 
 
-class _Side(NamedTuple):
-    """When a message starts, and ends, on one of its two devices."""
+def _other_sides(operations: Iterable[Operation]) -> dict[Operation, Operation]:
+    """Of every side of a message, the other one."""
+    first: dict[Message, Operation] = {}
+    found = {}
+    for operation in operations:
+        if isinstance(operation.what, Message):
+            side = first.setdefault(operation.what, operation)
+            if side is not operation:
+                found[side], found[operation] = operation, side
+    return found
 
-    start: int
-    end: int
 
-
-class _Host:
-    """When one rank's operations start and end; its streams take hardware queues in turn."""
-
-    def __init__(self, rank: int, device: Device, instants: _Instants) -> None:
-        self.rank, self.device, self.instants = rank, device, instants
-        self.goes_on = {0}
-        """What the host has waited for."""
-        self.ends: dict[Operation, int] = {}
-        """Of what it has not: that of every operation."""
-        self.last_ends: dict[Link | None, int] = {}
-        self.last_starts: dict[int, int] = {}
-        """Likewise, of the last operation in every stream, and in every queue."""
-        self.queue_of: dict[Link | None, int] = {None: 0}
-
-    def run(self, of_rank: Sequence[Step]) -> Iterator[tuple[Message, _Side]]:
-        """Issue everything. Yields the messages."""
-        computed: list[set[int]] = []
-        for number, step in enumerate(of_rank):
-            if not self.device.synchronizes and number >= HOST_AHEAD:
-                self.goes_on = computed[number - HOST_AHEAD] or {0}
-            ends = []
-            for operation, after in step:
-                side = self._issue(operation, after)
-                ends.append(side.end)
-                if isinstance(operation.what, Message):
-                    yield operation.what, side
-            computed.append({self.ends[operation] for operation, _ in step if isinstance(operation.what, Action)})
-            if self.device.synchronizes:
-                self._synchronize(number, ends)
-
-    def _issue(self, operation: Operation, after: Iterable[Operation]) -> _Side:
-        what, instants = operation.what, self.instants
-        link = None if isinstance(what, Action) else what.link
-        queue = self.queue_of.setdefault(link, len(self.queue_of) % self.device.queues)
-        causes = self.goes_on | {self.ends[other] for other in after if other in self.ends}
-        if link in self.last_ends:
-            causes.add(self.last_ends[link])
-        if queue in self.last_starts:
-            causes.add(self.last_starts[queue])
-        start = instants.as_soon_as(causes, (operation, "starts"))
-        end = start if isinstance(what, Action) else instants.new((operation, "ends"), start)
-        self.ends[operation] = self.last_ends[link] = end
-        self.last_starts[queue] = start
-        return _Side(start, end)
-
-    def _synchronize(self, number: int, ends: Iterable[int]) -> None:
-        """Wait for the device, so that nothing else needs to wait for what it has done."""
-        self.goes_on = {self.instants.as_soon_as({*self.goes_on, *ends}, (self.rank, number))}
-        for waited in (self.ends, self.last_ends, self.last_starts):
-            waited.clear()
+def _circle(
+    queues: Iterable[_Queue], other: Mapping[Operation, Operation], started: Container[Operation], over: set[Operation]
+) -> list[str]:
+    """Who waits for whom, round to the first."""
+    queue_of = {operation: queue for queue in queues for operation, _ in queue.waits}
+    queue = next(iter(queue_of.values()))
+    seen: dict[_Queue, str] = {}
+    while queue not in seen:
+        operation, (host, before) = queue.waits[0]
+        missing = next(need for need in (*host, *before) if need not in over)
+        who = f"the host of rank {operation.rank}, which waits for its device," if missing in host else operation
+        seen.pop(queue, None)
+        seen[queue] = f"{who} waits for: {missing}"
+        queue = queue_of[other[missing] if missing in started else missing]
+    told = list(seen.items())
+    first = [each for each, _ in told].index(queue)
+    return [text for _, text in told[first:]]

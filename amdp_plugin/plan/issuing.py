@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .messages import Message, messages
@@ -13,12 +13,17 @@ from .program import Row
 from .schedule import Schedule
 
 
-class Operation(NamedTuple):
-    """Something that a device does: one side of a message, or a part of an action's computation."""
+@dataclass(eq=False, slots=True)
+class Operation:
+    """Something that a device does: one side of a message, or a part of an action's computation.
+
+    Args:
+        after: those of the same rank that its stream waits for.
+    """
 
     rank: int
     what: Message | Action
-    part: int = 0
+    after: tuple[Operation, ...] = ()
 
     def __str__(self) -> str:
         if isinstance(self.what, Action):
@@ -28,14 +33,7 @@ class Operation(NamedTuple):
         return f"rank {self.rank} {verb} for {self.what.action} ({'to' if sends else 'from'} rank {peer})"
 
 
-class Issued(NamedTuple):
-    """An operation, and those of the same rank that its stream waits for."""
-
-    operation: Operation
-    after: tuple[Operation, ...] = ()
-
-
-Step = list[Issued]
+Step = list[Operation]
 """What a host issues at once: for one action, or at the opening of a window."""
 
 
@@ -72,7 +70,7 @@ class _Host:
         self.arriving: dict[Action, Operation] = {}
         """Activations and gradients of micro-batches that are being received."""
         self.free = dict.fromkeys(range(len(schedule.sharing.holders)), buffers)
-        self.begun: defaultdict[int, dict[int, Operation]] = defaultdict(dict)
+        self.begun: defaultdict[int, dict[int, Message]] = defaultdict(dict)
         self.receiving: defaultdict[int, dict[int, Operation]] = defaultdict(dict)
         """Of every stage at home, by guest, the gradients that may be received, and those that are."""
         self.unsettled: dict[int, list[Operation]] = {}
@@ -85,13 +83,12 @@ class _Host:
         if action is not None:
             self._run(action)
         for message in begun:
-            receive, stage = Operation(self.rank, message), message.action.stage
+            stage = message.action.stage
             if message.action.kind == REDUCE:
-                self.begun[stage][message.sender] = receive
+                self.begun[stage][message.sender] = message
                 self._receive_gradients(stage, self.schedule.sharing.holders[stage][1:])
             else:
-                self.arriving[message.action] = receive
-                self._communicate(receive)
+                self.arriving[message.action] = self._communicate(message)
         return self.issued
 
     def _run(self, action: Action) -> None:
@@ -113,20 +110,21 @@ class _Host:
         elif kind == UPDATE:
             self.unsettled[stage] = [self.arriving.pop(action), *self.sent.pop((stage, REDUCE), ())]
         for message in messages(self.schedule, self.rank, action):
-            send = Operation(self.rank, message)
-            self._communicate(send)
-            self.sent[stage, kind].append(send)
+            self.sent[stage, kind].append(self._communicate(message))
 
     def _receive_gradients(self, stage: int, to_add: Sequence[int]) -> None:
         begun, receiving = self.begun[stage], self.receiving[stage]
         while (guest := next_guest(to_add, begun, receiving, self.free[stage])) is not None:
             self.free[stage] -= 1
-            receiving[guest] = begun.pop(guest)
-            self._communicate(receiving[guest])
+            receiving[guest] = self._communicate(begun.pop(guest))
 
     def _compute(self, action: Action, *after: Operation) -> None:
-        self.computed = (Operation(self.rank, action, len(self.issued)),)
-        self.issued.append(Issued(*self.computed, after))
+        self.computed = (self._issue(action, after),)
 
-    def _communicate(self, operation: Operation) -> None:
-        self.issued.append(Issued(operation, self.computed))
+    def _communicate(self, message: Message) -> Operation:
+        return self._issue(message, self.computed)
+
+    def _issue(self, what: Message | Action, after: tuple[Operation, ...]) -> Operation:
+        operation = Operation(self.rank, what, after)
+        self.issued.append(operation)
+        return operation

@@ -71,8 +71,9 @@ class ListScheduler:
         self.free_at = [0 for _ in ranks]
         self.unfinished: list[list[Holding | TiedHolding]] = [[] for _ in ranks]
         """For every rank, what has all backwards of a window and not yet its update, in the order of that."""
-        self.mail: list[dict[int, deque[tuple[Action, Message]]]] = [{} for _ in ranks]
-        """For every rank, by sender, the reductions and updates that wait or are under way, in the order of sending."""
+        self.mail: list[dict[tuple[int, str], deque[tuple[Action, Message]]]] = [{} for _ in ranks]
+        """For every rank, by sender and kind, the reductions and updates that wait or are under way, in the order of
+        sending."""
         self.at_home = [self.holdings[holders[0]][stage] for stage, holders in enumerate(schedule.placement.holders)]
         self.homes = {rank for rank, _ in schedule.meeting(self.at_home[0].rank, Action(0, UPDATE, 0))}
         """The ranks that meet at every update, if any do."""
@@ -131,10 +132,10 @@ class ListScheduler:
             self.meeting_at and max(0, self.meeting_at - now),
         )
 
-    def _mail_state(self, boxes: dict[int, deque[tuple[Action, Message]]], window: int) -> object:
+    def _mail_state(self, boxes: dict[tuple[int, str], deque[tuple[Action, Message]]], window: int) -> object:
         return frozenset(
             (sender, place, action.shifted(-window, 1), max(0, time - self.now), sent - window)
-            for sender, box in boxes.items()
+            for (sender, _), box in boxes.items()
             for place, (action, (time, sent)) in enumerate(box)
         )
 
@@ -186,7 +187,7 @@ class ListScheduler:
 
     def _has_come(self, rank: int, sender: int, action: Action) -> bool:
         """Whether ``action`` of ``sender`` is the next of its messages here (law 3), and has arrived."""
-        box = self.mail[rank].get(sender)
+        box = self.mail[rank].get((sender, action.kind))
         if not box:
             return False
         message, (time, sent) = box[0]
@@ -305,7 +306,7 @@ class ListScheduler:
         holding.reductions += 1
         if rank == holding.home:
             for guest in holding.guests:
-                self.mail[rank][guest].popleft()
+                self.mail[rank][guest, REDUCE].popleft()
         else:
             self._post(rank, holding.home, action, finish)
 
@@ -318,7 +319,7 @@ class ListScheduler:
             for guest in holding.guests:
                 self._post(rank, guest, action, finish)
         else:
-            self.mail[rank][holding.home].popleft()
+            self.mail[rank][holding.home, UPDATE].popleft()
 
     def _note_complete(self, holding: Holding | TiedHolding) -> None:
         if holding.completed > holding.updates and holding not in self.unfinished[holding.rank]:
@@ -343,7 +344,7 @@ class ListScheduler:
 
     def _post(self, sender: int, receiver: int, action: Action, finish: int) -> None:
         message = self._arrival(sender, receiver, finish), self.closed[sender]
-        self.mail[receiver].setdefault(sender, deque()).append((action, message))
+        self.mail[receiver].setdefault((sender, action.kind), deque()).append((action, message))
 
     def _send(self, sender: int, lane: Lane, messages: deque[Message], finish: int) -> None:
         messages.append((self._arrival(sender, lane.holding.rank, finish), self.closed[sender]))

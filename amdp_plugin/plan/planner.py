@@ -75,9 +75,7 @@ class Planner:
         self.choice = choice or _choose(schedule, self.costs)
         self.schedule = _candidates(schedule)[self.choice.candidate]
         self._examined = _windows_to_examine(self.schedule)
-        free = inf if self.schedule.flush_every else self._examined - 1
-        priority = self.schedule.priorities[self.choice.order]
-        self._list_scheduler = ListScheduler(self.schedule, self.costs, priority, free)
+        self._list_scheduler = self._scheduling(inf if self.schedule.flush_every else self._examined - 1)
 
     @classmethod
     def from_windows(
@@ -143,9 +141,20 @@ class Planner:
         assert self.period is not None
         return -(-(index + 1 - len(self._windows)) // self.period) * self.period
 
+    def _scheduling(self, free_windows: float) -> ListScheduler:
+        return ListScheduler(self.schedule, self.costs, self.schedule.priorities[self.choice.order], free_windows)
+
     def _generate(self) -> None:
         index = len(self._windows)
-        self._windows.append(self._list_scheduler.run_window())
+        try:
+            window = self._list_scheduler.run_window()
+        except ProgramError:
+            if index < self._list_scheduler.free_windows:
+                raise
+            # The order that it prefers gets stuck in portions: let it go on as it would.
+            self._list_scheduler = self._scheduling(inf)
+            *_, window = (self._list_scheduler.run_window() for _ in range(index + 1))
+        self._windows.append(window)
         state = self._list_scheduler.state(index + 1)
         first = self._states.setdefault(state, index)
         if first != index:

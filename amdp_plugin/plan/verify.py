@@ -102,7 +102,7 @@ def _check_updates(program: Program) -> None:
 
 
 def _check_messages(program: Program) -> None:
-    """Law 3, second half: what a rank sends to another for reductions and updates is used there in the order sent."""
+    """Law 3, second half: what a rank sends to another is used there in the order sent."""
     schedule, at_sender, at_receiver = program.schedule, defaultdict(list), defaultdict(list)
     for rank, row in enumerate(program.rows):
         for position, action in enumerate(row):
@@ -112,11 +112,11 @@ def _check_messages(program: Program) -> None:
                 sends = (action.kind == UPDATE) == (rank == home)
                 for peer in peers:
                     if sends:
-                        at_sender[rank, peer].append(action)
+                        at_sender[rank, peer, action.kind].append(action)
                     else:
-                        at_receiver[peer, rank].append((position, action))
-    for (sender, receiver), used in at_receiver.items():
-        for sent, (position, action) in zip(at_sender[sender, receiver], used, strict=False):
+                        at_receiver[peer, rank, action.kind].append((position, action))
+    for (sender, receiver, kind), used in at_receiver.items():
+        for sent, (position, action) in zip(at_sender[sender, receiver, kind], used, strict=False):
             if sent != action:
                 what = f"the next that rank {sender} sends to rank {receiver} is {sent}"
                 raise breach(program, receiver, position, PROGRESS, what)

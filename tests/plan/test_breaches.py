@@ -196,11 +196,12 @@ def test_more_is_in_flight_than_stated():
 
 
 def _swapped_messages(program: Program):
-    """For every rank, the program with two of its messages to one receiver swapped, that stand next to each other."""
+    """For every rank, the program with two of its messages to one receiver swapped, of one kind and next to each
+    other."""
     schedule = program.schedule
     for rank, row in enumerate(program.rows):
         for at, (first, then) in enumerate(pairwise(row)):
-            if _receivers(schedule, rank, first) & _receivers(schedule, rank, then):
+            if first.kind == then.kind and _receivers(schedule, rank, first) & _receivers(schedule, rank, then):
                 yield with_row(program, rank, (*row[:at], then, first, *row[at + 2 :]))
 
 
@@ -210,10 +211,9 @@ def _receivers(schedule: Schedule, rank: int, action: Action) -> set[int]:
     return {(home, "U"): set(guests)}.get((rank, action.kind), {home} if action.kind == "R" and rank != home else set())
 
 
-@pytest.mark.parametrize("placement", [ONE_HOME, shifted_pairs(8)])
-def test_messages_of_two_ranks_are_sent_and_used_in_different_orders(placement):
-    costs = CostModel.uniform(placement.num_stages, link_latency=0.1)
-    program = Planner(made(placement, 2 * placement.directions, flush=True, admitted=4), costs).program(3)
+def test_messages_of_two_ranks_are_sent_and_used_in_different_orders():
+    costs = CostModel.uniform(3, link_latency=0.1)
+    program = Planner(made(ONE_HOME, 6, flush=True, admitted=4), costs).program(3)
     verify(program)
     errors = [breach(broken) for broken in _swapped_messages(program)]
     assert errors

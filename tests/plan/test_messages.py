@@ -56,8 +56,7 @@ def orders(planner: Planner, buffers: int, line: Callable[[Message], Hashable]) 
     posted = [[planner.postings(index, rank) for rank in ranks] for index in range(WINDOWS)]
     sent, received = defaultdict(list), defaultdict(list)
     for of_rank in steps(schedule, windows, posted, buffers):
-        for issued in (issued for step in of_rank for issued in step):
-            rank, message, _ = issued.operation
+        for rank, message in ((operation.rank, operation.what) for step in of_rank for operation in step):
             if not isinstance(message, Action):
                 (sent if rank == message.sender else received)[line(message)].append(message)
     return sent, received

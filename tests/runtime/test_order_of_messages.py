@@ -10,7 +10,7 @@ import pytest
 
 from amdp_plugin.plan.action import Action
 from amdp_plugin.plan.devices import Provision, provide
-from amdp_plugin.plan.issuing import steps
+from amdp_plugin.plan.issuing import Operation, steps
 from amdp_plugin.plan.messages import Stream
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.tied import buffers
@@ -68,8 +68,8 @@ def record(rank: int, case: Case, provided: Provision) -> list[Steps]:
 def proven(planner: Planner, windows: int, provided: Provision) -> list[Steps]:
     """Of every rank."""
 
-    def of_messages(operations: Iterable[Any]) -> list[Given]:
-        sides = ((rank, what) for (rank, what, _), _ in operations if not isinstance(what, Action))
+    def of_messages(operations: Iterable[Operation]) -> list[Given]:
+        sides = ((each.rank, each.what) for each in operations if not isinstance(each.what, Action))
         return [
             Given(rank == what.sender, what.receiver if rank == what.sender else what.sender, what.action.kind)
             for rank, what in sides
