@@ -27,7 +27,7 @@ NOTHING = -1
 """The latest window of a stage of which nothing is known."""
 
 
-def windows_ago(planner: Planner, order: Iterable[Place] | None = None) -> WindowsAgo | None:
+def windows_ago(planner: Planner, order: Iterable[int] | None = None) -> WindowsAgo | None:
     """What every update takes of the others; ``None`` where each stage decides for itself, or all meet.
 
     It is one number for a pair of stages, whatever the window. In the windows after a start with an empty pipeline
@@ -45,7 +45,7 @@ def windows_ago(planner: Planner, order: Iterable[Place] | None = None) -> Windo
     program = planner.program(planner.settled_windows().stop)
     stages = range(schedule.num_stages)
     ago = [[0] * schedule.num_stages for _ in stages]
-    for action, known in _known_at_updates(program, order or play(program)):
+    for action, known in _known_at_updates(program, order or play(program.graph)):
         row = ago[action.stage]
         for other in stages:
             row[other] = max(row[other], action.index - known[other])
@@ -89,7 +89,7 @@ def check_decisions(program: Program, ago: WindowsAgo) -> None:
             yield from (made(other, window) for other, window in sums_of(ago, action) if window >= 0)
 
     try:
-        deque(play(program, sums), maxlen=0)
+        deque(play(program.graph, sums), maxlen=0)
     except Stuck as stuck:
         updates = {rank: blocked for rank, blocked in stuck.blocked.items() if blocked[1].kind == UPDATE}
         rank, (position, _, (owner, missing)) = min((updates or stuck.blocked).items())
@@ -97,22 +97,24 @@ def check_decisions(program: Program, ago: WindowsAgo) -> None:
         raise breach(program, rank, position, PROGRESS, what) from None
 
 
-def _known_at_updates(program: Program, order: Iterable[Place]) -> Iterator[tuple[Action, tuple[int, ...]]]:
+def _known_at_updates(program: Program, order: Iterable[int]) -> Iterator[tuple[Action, tuple[int, ...]]]:
     """Every home's updates, each with the latest window of every stage whose sum is on its way there for sure."""
-    schedule = program.schedule
+    schedule, graph = program.schedule, program.graph
     homes = [schedule.placement.home(stage) for stage in range(schedule.num_stages)]
     alone = [len(holders) == 1 for holders in schedule.placement.holders]
     backwards = [0] * schedule.num_stages
     known = [(NOTHING,) * schedule.num_stages for _ in program.rows]
-    sent: dict[Place, tuple[int, ...]] = {}
+    sent: list[tuple[int, ...]] = [()] * len(graph.places)
     heard: dict[tuple[int, int], tuple[int, ...]] = {}
     """By rank and sender, what came last: most messages bring nothing new."""
-    for rank, action in order:
+    for number in order:
+        rank, action = graph.places[number]
         stage, kind, index = action
-        for place in schedule.dependencies(rank, action):
-            if place[0] != rank and heard.get((rank, place[0])) is not sent[place]:
-                heard[rank, place[0]] = sent[place]
-                known[rank] = _later(known[rank], sent[place])
+        for need in graph.needs[number]:
+            sender = graph.places[need][0]
+            if heard.get((rank, sender)) is not sent[need]:
+                heard[rank, sender] = sent[need]
+                known[rank] = _later(known[rank], sent[need])
         if not schedule.sharing.is_tied(stage) and rank == homes[stage]:
             # What the guests of a tied weight have summed up has set out before the last backward at its home.
             complete = kind == REDUCE
@@ -124,7 +126,7 @@ def _known_at_updates(program: Program, order: Iterable[Place]) -> Iterator[tupl
                 known[rank] = (*known[rank][:stage], index, *known[rank][stage + 1 :])
             if kind == UPDATE:
                 yield action, known[rank]
-        sent[rank, action] = known[rank]
+        sent[number] = known[rank]
 
 
 def _later(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

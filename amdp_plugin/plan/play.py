@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 from .action import Action
-from .program import Program
+from .graph import ABSENT, Graph
 from .schedule import Place
+
+Others = Callable[[int, Action], Iterable[Place]]
 
 
 class Stuck(Exception):
@@ -19,10 +21,8 @@ class Stuck(Exception):
         self.blocked = blocked
 
 
-def play(
-    program: Program, others: Callable[[int, Action], Iterable[Place]] = lambda rank, action: ()
-) -> Iterator[Place]:
-    """Yield every (rank, action) once, each rank's in its row's order, each after its dependencies.
+def play(graph: Graph, others: Others = lambda rank, action: ()) -> Iterator[int]:
+    """Yield the number of every action once, each rank's in its row's order, each after its dependencies.
 
     Args:
         others: what an action on a rank needs beside the dependencies of its schedule.
@@ -30,51 +30,54 @@ def play(
     Receives block, sends are buffered, and an update of a meeting comes after every rank has entered that.
     Raises :class:`Stuck` when that leads nowhere.
     """
-    rows, schedule = program.rows, program.schedule
-    position = [0] * len(rows)
-    done: set[Place] = set()
-    entered: set[tuple[int, int]] = set()
-    waiting: dict[Place, list[int]] = {}
-    meeting: dict[Place, list[int]] = {}
+    needs, number_of, together = graph.needs, graph.number, graph.schedule.together
+    position = [numbers.start for numbers in graph.numbers]
+    done, entered = bytearray(len(needs)), bytearray(len(needs))
+    waiting: dict[int, list[int]] = {}
+    meeting: dict[int, list[int]] = {}
     """Ranks that wait for others to do an action, and to enter it."""
-    blocked: dict[int, tuple[int, Action, Place]] = {}
-    unseen: dict[int, Iterator[Place]] = {}
-    """Of a rank that waits, what its action needs beside what was looked at."""
-    runnable = deque(range(len(rows)))
+    runnable = deque(range(len(position)))
 
-    def not_done(rank: int, action: Action) -> Place | None:
-        needs = unseen.pop(rank, None) or chain(schedule.dependencies(rank, action), others(rank, action))
-        for place in needs:
-            if place not in done:
-                unseen[rank] = needs
-                return place
-        return None
+    def not_done(number: int) -> int | None:
+        more = [number_of.get(place, ABSENT) for place in others(*graph.places[number])]
+        return next((need for need in chain(needs[number], more) if need == ABSENT or not done[need]), None)
 
-    def not_entered(rank: int, action: Action) -> Place | None:
-        met, window = schedule.meeting(rank, action), action.index
-        if met and (rank, window) not in entered:
-            entered.add((rank, window))
-            for place in met:
-                if place[0] == rank:
-                    runnable.extend(meeting.pop(place, ()))
-        return next((place for place in met if (place[0], window) not in entered), None)
+    def not_entered(number: int) -> int | None:
+        met = graph.meeting(number)
+        if met and not entered[number]:
+            entered[number] = True
+            runnable.extend(meeting.pop(number, ()))
+        return next((other for other in met if other == ABSENT or not entered[other]), None)
 
     while runnable:
         rank = runnable.popleft()
-        blocked.pop(rank, None)
-        row = rows[rank]
-        while position[rank] < len(row):
-            action = row[position[rank]]
-            missing, waits = not_done(rank, action), waiting
-            if missing is None:
-                missing, waits = not_entered(rank, action), meeting
+        while position[rank] < graph.numbers[rank].stop:
+            number = position[rank]
+            missing, waits = not_done(number), waiting
+            if missing is None and together:
+                missing, waits = not_entered(number), meeting
             if missing is not None:
                 waits.setdefault(missing, []).append(rank)
-                blocked[rank] = (position[rank], action, missing)
                 break
-            yield rank, action
+            yield number
             position[rank] += 1
-            done.add((rank, action))
-            runnable.extend(waiting.pop((rank, action), ()))
-    if blocked:
-        raise Stuck(blocked)
+            done[number] = True
+            runnable.extend(waiting.pop(number, ()))
+    if not all(done):
+        raise Stuck(dict(_blocked(graph, position, others, done, entered)))
+
+
+def _blocked(
+    graph: Graph, position: Sequence[int], others: Others, done: bytearray, entered: bytearray
+) -> Iterator[tuple[int, tuple[int, Action, Place]]]:
+    """(rank, what :class:`Stuck` says of it)."""
+    schedule = graph.schedule
+    for rank, numbers in enumerate(graph.numbers):
+        if position[rank] in numbers:
+            _, action = graph.places[position[rank]]
+            needs = [(done, place) for place in chain(schedule.dependencies(rank, action), others(rank, action))]
+            needs += [(entered, place) for place in schedule.meeting(rank, action)]
+            missing = next(
+                place for over, place in needs if place not in graph.number or not over[graph.number[place]]
+            )
+            yield rank, (position[rank] - numbers.start, action, missing)

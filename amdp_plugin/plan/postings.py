@@ -15,14 +15,16 @@ any window.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from graphlib import TopologicalSorter
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from .action import UPDATE, Action
 from .costs import CostModel
+from .graph import Graph
 from .messages import Message, messages
+from .play import play
 from .program import Row
 from .schedule import Place, Schedule
+from .spans import spans
 
 Postings = Mapping[Action | None, tuple[Message, ...]]
 """Of one rank and window: after which of its actions it begins to receive what; ``None`` at the opening."""
@@ -41,22 +43,25 @@ def postings(
     found: list[defaultdict[Action | None, list[Message]]] = [defaultdict(list) for _ in window]
     begun: list[int] = [0 for _ in window]
     """Of every rank, how many of its actions have begun."""
+    used_until = [{} if landing else _used_until(schedule, row) for row in window]
     for rank, action in _in_turn(schedule, window, costs):
         for message in messages(schedule, rank, action):
             receiver = message.receiver
-            row, count = window[receiver], begun[receiver]
-            if action.kind == UPDATE and not landing and not schedule.sharing.is_tied(action.stage):
-                count = max(count, _used_until(row, action))
+            row, count = window[receiver], max(begun[receiver], used_until[receiver].get(message.action, 0))
             found[receiver][row[count - 1] if count else None].append(message)
         begun[rank] += 1
     return tuple({after: tuple(received) for after, received in of_rank.items()} for of_rank in found)
 
 
-def _used_until(row: Row, update: Action) -> int:
-    """After how many actions of ``row`` the weights that ``update`` replaces are no longer used."""
-    before = row[: row.index(update)]
-    uses = [count for count, action in enumerate(before, start=1) if action.stage == update.stage]
-    return max(uses, default=0)
+def _used_until(schedule: Schedule, row: Row) -> dict[Action, int]:
+    """After how many actions of ``row`` the weights that an update of a stage replaces are no longer used."""
+    last_uses: dict[int, int] = {}
+    found = {}
+    for count, action in enumerate(row, start=1):
+        if action.kind == UPDATE and not schedule.sharing.is_tied(action.stage):
+            found[action] = last_uses.get(action.stage, 0)
+        last_uses[action.stage] = count
+    return found
 
 
 def next_guest(to_add: Iterable[int], begun: Container[int], receiving: Container[int], buffers: int) -> int | None:
@@ -93,26 +98,7 @@ def shifted(begun: Postings, windows: int, micro_batches: int) -> Postings:
 
 def _in_turn(schedule: Schedule, window: Sequence[Row], costs: CostModel) -> list[Place]:
     """Everything that is done in ``window``, in the order in which it starts where only this window is run."""
-    before = {
-        (rank, action): (rank, row[position - 1]) if position else None
-        for rank, row in enumerate(window)
-        for position, action in enumerate(row)
-    }
-
-    def causes(rank: int, action: Action) -> Iterator[Place]:
-        previous = before[rank, action]
-        if previous is not None:
-            yield previous
-        yield from (place for place in schedule.dependencies(rank, action) if place[0] != rank and place in before)
-        for place in schedule.meeting(rank, action):
-            entered = before.get(place)
-            if entered is not None:
-                yield entered
-
-    graph = {place: tuple(causes(*place)) for place in before}
-    starts: dict[Place, int] = {}
-    ends: dict[Place, int] = {}
-    for place in TopologicalSorter(graph).static_order():
-        starts[place] = max((ends[cause] for cause in graph[place]), default=0)
-        ends[place] = starts[place] + (costs.action_ticks(place[1]) if schedule.computes(*place) else 0)
-    return sorted(starts, key=lambda place: starts[place])
+    graph = Graph(schedule, window, is_part=True)
+    order = list(play(graph))
+    begun = spans(graph, order, costs)
+    return [graph.places[number] for number in sorted(order, key=lambda number: begun[number][0])]

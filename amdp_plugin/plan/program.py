@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass
+from functools import cached_property
 
 from .action import BACKWARD, UPDATE, Action
+from .graph import Graph
 from .schedule import Schedule
 
 Row = tuple[Action, ...]
@@ -22,6 +24,11 @@ class Program:
     schedule: Schedule
     windows: int
     rows: tuple[Row, ...]
+
+    @cached_property
+    def graph(self) -> Graph:
+        """What its actions wait for."""
+        return Graph(self.schedule, self.rows)
 
     def to_csv(self) -> str:
         """One line a rank. A flush implies the updates, so a flushing program in one direction without tied weights

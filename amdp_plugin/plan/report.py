@@ -18,7 +18,7 @@ from .extrapolation import Extrapolation, planned_extrapolation
 from .laws import PROGRESS, ProgramError
 from .planner import Planner
 from .program import Program
-from .schedule import Place, Schedule
+from .schedule import Schedule
 from .simulate import in_flight, simulate
 from .staleness import coefficient, mean_staleness
 from .tied import TiedWeight, tied_weights
@@ -250,7 +250,7 @@ def report(planner: Planner, windows: int, master_weights: bool = False, on_devi
 
 def _proof(
     planner: Planner, program: Program
-) -> tuple[Sequence[Place] | None, WindowsAgo | None, str | None]:
+) -> tuple[Sequence[int] | None, WindowsAgo | None, str | None]:
     """(an order of its actions, the sums that its updates take, ``None``), or at the end who waits for whom."""
     try:
         order = verify(program)

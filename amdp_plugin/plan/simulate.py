@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from .action import BACKWARD, FORWARD, KINDS, Action
+from .action import BACKWARD, FORWARD
 from .costs import CostModel
 from .planner import Planner
 from .play import play
 from .program import Program
-from .schedule import Place
-from .timing import Span, Timing
+from .spans import spans
+from .timing import Timing
 
 
-def simulate(program: Program, costs: CostModel, order: Iterable[Place] | None = None) -> Timing:
+def simulate(program: Program, costs: CostModel, order: Sequence[int] | None = None) -> Timing:
     """The earliest times at which ``program``'s actions can run, every rank keeping to its row.
 
-    An update of a meeting begins one message after the last rank has entered; what went before was waiting.
-    ``order`` is what :func:`.verify` returns, where it is known.
+    Args:
+        order: what :func:`.verify` returns, where it is known.
     """
-    schedule, link = program.schedule, costs.link_ticks()
-    finish: dict[Place, int] = {}
-    spans: list[list[Span]] = [[] for _ in program.rows]
-    free_at = [0 for _ in program.rows]
-    met: dict[int, int] = {}
-
-    stages = range(costs.num_stages)
-    work_of = {kind: [costs.action_ticks(Action(stage, kind, 0)) for stage in stages] for kind in KINDS}
-
-    def ready(rank: int, action: Action) -> int:
-        time = free_at[rank]
-        for place in schedule.dependencies(rank, action):
-            arrival = finish[place] + (link if place[0] != rank else 0)
-            if arrival > time:
-                time = arrival
-        return time
-
-    for rank, action in order or play(program):
-        start = ready(rank, action)
-        if meeting := schedule.meeting(rank, action):
-            # Here the first of them to go on finds the others where they wait.
-            window = action.index
-            if window not in met:
-                met[window] = max(ready(*place) for place in meeting) + costs.meeting_ticks(schedule.num_ranks)
-            start = max(start, met[window])
-        work = work_of[action.kind][action.stage] if schedule.computes(rank, action) else 0
-        free_at[rank] = finish[rank, action] = start + work
-        spans[rank].append((start, free_at[rank]))
-    return Timing(program, costs, tuple(tuple(row) for row in spans))
+    graph = program.graph
+    found = spans(graph, order or play(graph), costs)
+    return Timing(program, costs, tuple(tuple(found[numbers.start : numbers.stop]) for numbers in graph.numbers))
 
 
 def steady_state(planner: Planner, costs: CostModel | None = None) -> tuple[float, float]:

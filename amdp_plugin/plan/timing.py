@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from .action import BACKWARD
 from .costs import TICKS_PER_SECOND, CostModel
 from .program import Program
-
-Span = tuple[int, int]
+from .spans import Span
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,15 @@ from .action import BACKWARD, FORWARD, REDUCE, UPDATE, Action
 from .laws import BOUNDS, FLUSH, ORDER, PLACES, PROGRESS, WINDOWS, ProgramError, breach
 from .play import Stuck, play
 from .program import Program
-from .schedule import Place
 from .tied import check_tied
 from .versions import entries, versions
 
 
-def verify(program: Program) -> Sequence[Place]:
+def verify(program: Program) -> Sequence[int]:
     """Check every law on ``program``.
 
     Returns:
-        The actions of all ranks in an order that their dependencies allow.
+        The numbers of all actions in ``program.graph``, in an order that their dependencies allow.
 
     Raises:
         ProgramError: at the first breach, with the rank-by-step grid around the cell.
@@ -122,10 +121,10 @@ def _check_messages(program: Program) -> None:
                 raise breach(program, receiver, position, PROGRESS, what)
 
 
-def _check_order(program: Program) -> Sequence[Place]:
+def _check_order(program: Program) -> Sequence[int]:
     """Laws 2, 3 and 6: dependencies are met, and nothing waits for ever."""
     try:
-        return list(play(program))
+        return list(play(program.graph))
     except Stuck as stuck:
         rank = _root(program, stuck)
         position, action, (owner, missing) = stuck.blocked[rank]

@@ -188,7 +188,8 @@ class SerialPipeline:
         self._first = first
         self._measured.clear()
         self._backwards = [0] * len(self.stages)
-        for rank, action in play(program):
+        for number in play(program.graph):
+            rank, action = program.graph.places[number]
             action = action.shifted(first, size)
             if action.window(size) < first + windows:
                 self._run(rank, action)
