@@ -45,8 +45,10 @@ def play(graph: Graph, others: Others = lambda rank, action: ()) -> Iterator[int
     def not_entered(number: int) -> int | None:
         met = graph.meeting(number)
         if met and not entered[number]:
-            entered[number] = True
-            runnable.extend(meeting.pop(number, ()))
+            for other in met:
+                if other in graph.numbers[rank]:  # which enters with its first of them
+                    entered[other] = True
+                    runnable.extend(meeting.pop(other, ()))
         return next((other for other in met if other == ABSENT or not entered[other]), None)
 
     while runnable:

@@ -250,8 +250,8 @@ def test_three_ranks_wait_in_a_circle_that_is_named():
         rows[rank] += [Action(rank, "R", 0), Action(guest, "R", 0), Action(rank, "U", 0), Action(guest, "U", 0)]
     error = breach(Program(schedule, 1, tuple(map(tuple, rows))))
     assert error.law == 3
-    assert "it needs 2R0, which rank 0 owes only at step 5" in str(error)
-    assert all(f"rank {rank} itself waits at {rank}R0 for {rank}R0 of rank {rank + 1}" in str(error) for rank in (0, 1))
+    assert "it needs 0R0, which rank 1 owes only at step 5" in str(error)
+    assert all(f"rank {a} itself waits at {a}R0 for {a}R0 of rank {b}" in str(error) for a, b in ((1, 2), (2, 0)))
     rows[0][-4:-2] = reversed(rows[0][-4:-2])
     verify(Program(schedule, 1, tuple(map(tuple, rows))))
 
