@@ -104,9 +104,10 @@ def gradient_buffers(planner: Planner, landing: bool = False) -> int:
     windows = [planner.window(index) for index in range(count)]
     posted = [[planner.postings(index, rank, landing) for rank in ranks] for index in range(count)]
 
-    def circle(buffers: int) -> DeviceDeadlock | None:
+    def circle(buffers: int, until: int = count) -> DeviceDeadlock | None:
+        """In the windows ``until`` then: one that is in them stays, whatever comes later."""
         try:
-            check(steps(schedule, windows, posted, buffers), STRICTEST)
+            check(steps(schedule, windows[:until], posted[:until], buffers), STRICTEST)
         except DeviceDeadlock as deadlock:
             return deadlock
         return None
@@ -121,7 +122,8 @@ def gradient_buffers(planner: Planner, landing: bool = False) -> int:
     step = 1
     while enough > 1 and step:  # most need all, or one less
         fewer = max(1, enough - step)
-        enough, step = (fewer, 2 * step) if circle(fewer) is None else (enough, step // 2)
+        found = circle(fewer, until=1) or circle(fewer)
+        enough, step = (fewer, 2 * step) if found is None else (enough, step // 2)
     return enough
 
 
@@ -142,9 +144,9 @@ def check(of_ranks: Sequence[Sequence[Step]], device: Device) -> None:
     while runnable:
         queue = runnable.popleft()
         while queue.waits:
-            operation, needs = queue.waits[0]
-            missing = next((need for need in chain(*needs) if need not in over), None)
-            if missing is not None:
+            operation, host, before = queue.waits[0]
+            if not (over.issuperset(host) and over.issuperset(before)):
+                missing = next(need for need in chain(host, before) if need not in over)
                 waiting[missing].append(queue)
                 break
             queue.waits.popleft()
@@ -165,7 +167,7 @@ class _Queue:
     """
 
     def __init__(self) -> None:
-        self.waits: deque[tuple[Operation, tuple[Step, Step]]] = deque()
+        self.waits: deque[tuple[Operation, Iterable[Operation], Iterable[Operation]]] = deque()
 
 
 def _queues(of_rank: Sequence[Step], device: Device) -> list[_Queue]:
@@ -181,9 +183,9 @@ def _queues(of_rank: Sequence[Step], device: Device) -> list[_Queue]:
         for operation in step:
             what = operation.what
             link = None if isinstance(what, Action) else what.link
-            before = [*operation.after, last[link]] if link in last else [*operation.after]
+            before = (*operation.after, last[link]) if link in last else operation.after
             queue = queue_of.setdefault(link, queues[len(queue_of) % device.queues])
-            queue.waits.append((operation, (host, before)))
+            queue.waits.append((operation, host, before))
             last[link] = operation
         computed.append([operation for operation in step if isinstance(operation.what, Action)])
         if device.synchronizes and step:
@@ -207,11 +209,11 @@ def _circle(
     queues: Iterable[_Queue], other: Mapping[Operation, Operation], started: Container[Operation], over: set[Operation]
 ) -> list[str]:
     """Who waits for whom, round to the first."""
-    queue_of = {operation: queue for queue in queues for operation, _ in queue.waits}
+    queue_of = {operation: queue for queue in queues for operation, *_ in queue.waits}
     queue = next(iter(queue_of.values()))
     seen: dict[_Queue, str] = {}
     while queue not in seen:
-        operation, (host, before) = queue.waits[0]
+        operation, host, before = queue.waits[0]
         missing = next(need for need in (*host, *before) if need not in over)
         who = f"the host of rank {operation.rank}, which waits for its device," if missing in host else operation
         seen.pop(queue, None)

@@ -67,7 +67,7 @@ class Holding(_Stepped):
     @property
     def applied(self) -> int:
         """Updates that all has had that it computes with."""
-        return min([self.updates, *(each.updates for each in self.tied)])
+        return min([self.updates, *(each.updates for each in self.tied)]) if self.tied else self.updates
 
     def closes(self, window: int) -> bool:
         """Whether nothing is left to do in the windows before ``window``."""

@@ -212,18 +212,19 @@ class ListScheduler:
         closed, now, directions, size = self.closed[rank], self.now, self.directions, self.schedule.micro_batches
         ready = []
         for lane in self.lanes_of[rank]:
-            holding = lane.holding
-            # Another gradient is accumulated only where the update that is due lets it (law 4).
-            most = (holding.updates + 1) * holding.per_window + holding.delay
-            if lane.backward_arrivals and holding.backwards < most and lane.backwards < lane.most_backwards:
+            if lane.backward_arrivals and lane.backwards < lane.most_backwards:
                 time, sent = lane.backward_arrivals[0]
-                micro_batch = lane.direction + directions * lane.backwards
-                # Directions that share a sum of gradients go window by window, whatever the priority would start.
-                if time <= now and sent <= closed and micro_batch // size <= holding.completed:
+                holding, micro_batch = lane.holding, lane.direction + directions * lane.backwards
+                # Another gradient is accumulated only where the update that is due lets it (law 4), and directions
+                # that share a sum of gradients go window by window, whatever the priority would start.
+                most = (holding.updates + 1) * holding.per_window + holding.delay
+                begins = holding.backwards < most and micro_batch // size <= holding.completed
+                if begins and time <= now and sent <= closed:
                     ready.append((Action(lane.stage, BACKWARD, micro_batch), time))
-            forward = self._next_forward(rank, lane) if lane.forwards < lane.most_forwards else None
-            if forward and holding.applied >= self.schedule.updates_before(forward[0].index):
-                ready.append(forward)
+            if lane.forwards < lane.most_forwards and (lane.forward_arrivals or not lane.stage):
+                forward = self._next_forward(rank, lane)
+                if forward and lane.holding.applied >= self.schedule.updates_before(forward[0].index):
+                    ready.append(forward)
         return ready
 
     def _next_forward(self, rank: int, lane: Lane) -> tuple[Action, int] | None:

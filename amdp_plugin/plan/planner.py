@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from math import ceil, inf
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from .action import BACKWARD, FORWARD, UPDATE, Action
 from .costs import CostModel
@@ -71,6 +72,7 @@ class Planner:
         """Windows after which the program repeats; ``None`` until that is known."""
         self._windows: list[Window] = []
         self._states: dict[object, int] = {}
+        self._programs: WeakValueDictionary[int, Program] = WeakValueDictionary()
         self._postings: dict[tuple[int, bool], tuple[Postings, ...]] = {}
         self.choice = choice or _choose(schedule, self.costs)
         self.schedule = _candidates(schedule)[self.choice.candidate]
@@ -105,10 +107,14 @@ class Planner:
         return tuple(self.row(index, rank) for rank in range(self.schedule.num_ranks))
 
     def program(self, windows: int) -> Program:
-        """The first ``windows`` windows as one value."""
-        parts = [self.window(index) for index in range(windows)]
-        rows = (tuple(action for part in parts for action in part[rank]) for rank in range(self.schedule.num_ranks))
-        return Program(self.schedule, windows, tuple(rows))
+        """The first ``windows`` windows as one value, the same one as long as somebody uses it."""
+        found = self._programs.get(windows)
+        if found is None:
+            parts = [self.window(index) for index in range(windows)]
+            ranks = range(self.schedule.num_ranks)
+            rows = tuple(tuple(action for part in parts for action in part[rank]) for rank in ranks)
+            found = self._programs[windows] = Program(self.schedule, windows, rows)
+        return found
 
     def steady_windows(self) -> tuple[int, int]:
         """(first, last + 1) of the windows that repeat for ever.
@@ -129,7 +135,7 @@ class Planner:
         Where no repetition was seen, those of :meth:`steady_windows`.
         """
         first, last = self.steady_windows()
-        later = last - first + _windows_in_flight(self.schedule) if self.period else 0
+        later = _windows_in_flight(self.schedule) if self.period else 0
         return range(first + later, last + later)
 
     def _shift(self, index: int) -> int:
