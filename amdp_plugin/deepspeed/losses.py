@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from deepspeed.utils import logger
 from torch import Tensor
 
 MicroBatchLoss = tuple[Any, dict[str, Tensor] | None]
@@ -22,8 +23,8 @@ def summed(losses: Sequence[MicroBatchLoss]) -> MicroBatchLoss:
     return total, {name: sum((extra[name] for extra in extras), start=value) for name, value in additional.items()}
 
 
-def broken(micro_batches: range, losses: Sequence[MicroBatchLoss]) -> Iterator[tuple[int, float]]:
-    """The micro-batches whose loss is not finite. Every look waits for the device, where that is a GPU."""
+def warn_of_broken(micro_batches: range, losses: Sequence[MicroBatchLoss], stage: int) -> None:
+    """Name the micro-batches whose loss is not finite. Every look waits for the device, where that is a GPU."""
     for number, (loss, _) in zip(micro_batches, losses, strict=True):
         if not math.isfinite(float(loss)):
-            yield number, float(loss)
+            logger.warning(f"the loss of micro-batch {number} is {float(loss)} (stage {stage})")
