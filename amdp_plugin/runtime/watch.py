@@ -186,10 +186,9 @@ class Watch:
         """Give ``take`` the values of ``tensor`` on the CPU as soon as the host, which goes on, finds them there: while
         it keeps pace, at the latest before it waits for others or in :meth:`hand_over`."""
         self._coming.append(_Coming(self.timeline.device.to_host(tensor), what, take))
-        if self._given and self._given[-1].what == _COMPUTING:
-            # They belong to the action: whoever keeps pace with it has them.
-            self._given[-1] = self._given[-1]._replace(mark=self.timeline.device.mark())
         self._hand_over_ready()
+        if self._coming:
+            self._given.append(_Given(self.timeline.device.mark(), what, self.last_done, None))
 
     def hand_over(self, unless: Callable[[], bool] | None = None) -> None:
         """What was to be brought is with those who take it; waits for what is not there yet, ``unless`` that says, in
@@ -202,7 +201,8 @@ class Watch:
             return
         if unless is not None:
             self._let(lambda: not self._coming or unless())
-        while self._coming and not (unless is not None and unless()):
+            return
+        while self._coming:
             self._await(self._coming[0].copy, self._coming[0].what)
             self._hand_over_ready()
 

@@ -273,14 +273,14 @@ def test_what_has_no_limit_is_asked_when_the_device_is_past_all_messages() -> No
         watch.keep_pace(0)
 
 
-def test_what_is_brought_comes_while_the_host_keeps_pace_and_belongs_to_the_action_before() -> None:
+def test_what_is_brought_comes_while_the_host_keeps_pace() -> None:
     device, taken = LateDevice(), []
     watch = Watch(3, 60, Timeline(device=device))
     with device.in_use():
         watch.given(Action(0, "B", 0))
         watch.bring(torch.tensor(3.0), "reporting", taken.append)
         assert not taken, "the host goes on"
-        for micro_batch in range(1, HOST_AHEAD + 1):
+        for micro_batch in range(1, HOST_AHEAD + 2):
             watch.keep_pace()
             watch.given(Action(0, "B", micro_batch))
         assert taken == [3]
