@@ -95,7 +95,7 @@ class Watch:
         work: Waitable,
         what: str,
         action: Action | None,
-        peer: int,
+        peer: int | None,
         name: str | None = None,
         has_come: Callable[[], bool] | None = None,
     ) -> None:
