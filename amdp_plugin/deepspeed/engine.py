@@ -27,7 +27,7 @@ from .config import read_settings
 from .feedback import error_feedback
 from .guests import build_replicas, sum_dtype
 from .instructions import RunAction, WindowSchedule
-from .losses import summed, warn_of_broken
+from .losses import summed, together, warn_of_broken
 from .meeting import StageGrid, clip_by_whole_norm, decided_by, groups_of, make_stage_local, needs
 from .random_state import GENERATORS
 from .sums import stage_squares
@@ -294,16 +294,16 @@ class ScheduledPipelineEngine(PipelineEngine):
         with torch.no_grad(), aside[0], aside[1], watch.guard("averaging the losses", None):
             loss = super()._aggregate_total_loss()
         reported = [self.dp_group_loss, loss, *(self.agg_additional_losses or {}).values()]
+        brought = together(reported, losses)
 
         def report(values: torch.Tensor) -> None:
-            if not torch.isfinite(values).all():
-                warn_of_broken(numbers, losses, self.num_stages - 1)
-            self._reported[window, direction] = values
+            warn_of_broken(numbers, values[len(reported) :], self.num_stages - 1)
+            self._reported[window, direction] = values = values[: len(reported)].clone()
             for rank in range(self.num_stages):
                 if rank != self.stage_id and self.pipeline.channels is not None:
                     self.pipeline.channels.send_report(rank, values, direction)
 
-        watch.bring(torch.stack(reported).to(torch.float64), "reporting the losses", report)
+        watch.bring(brought, "reporting the losses", report)
 
     # How
 
