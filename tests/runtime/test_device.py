@@ -183,7 +183,8 @@ def test_the_limit_counts_from_the_wait_and_the_first_window_has_its_own(monkeyp
 
 
 def test_a_value_is_fetched_when_it_is_there_or_not_at_all() -> None:
-    assert float(watch_on(SlowDevice(pace=1)).fetch(torch.tensor(3.0), "reporting")) == 3
+    patient = watch_on(SlowDevice(pace=1), timeout_seconds=60)
+    assert float(patient.fetch(torch.tensor(3.0), "reporting")) == 3
     with pytest.raises(PipelineStallError, match="reporting did not complete"):
         watch_on(SlowDevice()).fetch(torch.tensor(3.0), "reporting")
 
