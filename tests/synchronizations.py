@@ -3,8 +3,10 @@
 On the CPU all tensors are alike, so that what would be on the device is followed from where it comes: parameters,
 tensors that are made with a ``device=``, what goes through collectives, and all that is computed from these. A tensor
 that is made without, such as a header or a sum on its way, is the host's own on a GPU machine, too. Asking for a value
-of the others waits for the device there, once; what has come is the host's. Not seen: what C++ asks for by itself, and
-copies to a device from memory that is not pinned (tests/gpu/test_synchronizations.py counts those, with CUDA).
+of the others waits for the device there, once; what has come is the host's. What the package itself brings to the host
+is waited for where a device that is as late as it can be (late_device.py) has not come so far. Not seen: what C++ asks
+for by itself, and copies to a device from memory that is not pinned (tests/gpu/test_synchronizations.py counts those,
+with CUDA).
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .late_device import LateDevice, counting_waits
+
 WARM_UP, COUNTED = 3, 4
 """Windows."""
 READS = {
@@ -31,7 +35,7 @@ READS = {
     "equal", "allclose", "nonzero", "masked_select", "unique", "argwhere", "is_nonzero",
 }  # fmt: skip
 """Functions of torch and of tensors that need values, or shapes that depend on values."""
-FOR_OTHERS = "runtime/device.py", "runtime/watch.py"
+FOR_OTHERS = "runtime/device.py", "runtime/watch.py", "tests/late_device.py", "tests/synchronizations.py"
 COLLECTIVES = "all_reduce", "broadcast", "reduce"
 Counts = Counter[str]
 
@@ -46,6 +50,8 @@ class Reads(TorchFunctionMode):
         self._patches = ExitStack()
 
     def __enter__(self) -> Reads:
+        self._patches.enter_context(LateDevice().in_use())
+        self._patches.enter_context(counting_waits(lambda: self.counts.update([place()])))
         for name in COLLECTIVES:
             self._patches.enter_context(patch.object(dist, name, self._noting(getattr(dist, name))))
         super().__enter__()
@@ -54,6 +60,15 @@ class Reads(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._patches.close()
+
+    def count(self, train_window: Callable[[], object]) -> Counts:
+        """In ``COUNTED`` windows of this rank, whose job was made within this, too: to follow what is kept."""
+        for _ in range(WARM_UP):
+            train_window()
+        self.counts.clear()
+        for _ in range(COUNTED):
+            train_window()
+        return self.counts.copy()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(function, "__name__", "")
@@ -114,19 +129,9 @@ def place() -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"
 
 
-def count(train_window: Callable[[], object]) -> Counts:
-    """In ``COUNTED`` windows of this rank."""
-    with Reads() as reads:  # from the start, to follow what is kept from window to window
-        for _ in range(WARM_UP):
-            train_window()
-        reads.counts.clear()
-        for _ in range(COUNTED):
-            train_window()
-    return reads.counts
-
-
-def assert_more_than_stock(found: list[Counts], stock: list[Counts], expected: list[list[str]]) -> None:
-    """On every rank stock's, or fewer, and those ``expected`` once a window: none for every micro-batch."""
+def assert_at_most_one_more(found: list[Counts], stock: list[Counts], expected: list[list[str]]) -> None:
+    """On every rank those of stock, or fewer, and once a window the one that is ``expected``, if any."""
     for rank, (ours, theirs, places) in enumerate(zip(found, stock, expected, strict=True)):
+        assert len(places) <= 1
         more = Counter(dict.fromkeys(places, COUNTED))
         assert ours - theirs == more, f"rank {rank}: ours {dict(ours)}, stock {dict(theirs)}"

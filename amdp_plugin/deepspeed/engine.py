@@ -13,7 +13,6 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
-from deepspeed.utils import logger
 
 from ..plan.action import Action
 from ..plan.schedule import Schedule
@@ -28,7 +27,7 @@ from .config import read_settings
 from .feedback import error_feedback
 from .guests import build_replicas, sum_dtype
 from .instructions import RunAction, WindowSchedule
-from .losses import broken, summed
+from .losses import summed, together, warn_of_broken
 from .meeting import StageGrid, clip_by_whole_norm, decided_by, groups_of, make_stage_local, needs
 from .random_state import GENERATORS
 from .sums import stage_squares
@@ -221,7 +220,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         self.executor.execute(action)
 
     def _aggregate_total_loss(self) -> Any:
-        """The loss of the window. The last stages reported it before their updates, so that this waits for nobody."""
+        """The loss of the window, which the last stages reported after their last backwards."""
+        self.pipeline.watch.hand_over()
         additional = self.module.get_additional_losses() or {}
         total = torch.zeros(2 + len(additional))
         for direction, row in enumerate(self.executor.schedule.placement.ranks):
@@ -286,24 +286,24 @@ class ScheduledPipelineEngine(PipelineEngine):
         return self.pipeline.decisions if self.gradient_clipping() > 0 or self.fp16_enabled() else None
 
     def report_losses(self, window: int, direction: int) -> None:
-        """On the last stage of ``direction``: average its losses as DeepSpeed does, and send them to all ranks."""
+        """On the last stage of ``direction``: average its losses as DeepSpeed does, and have them sent to all ranks."""
         numbers = self.executor.schedule.micro_batches_of(window, direction)
-        losses = self.pipeline.losses.take(numbers)
+        losses, watch = self.pipeline.losses.take(numbers), self.pipeline.watch
         self.total_loss, self.total_additional_losses = summed(losses)
         aside = self._acting_as(self.num_stages - 1), self._without_broadcast()
-        with torch.no_grad(), aside[0], aside[1], self.pipeline.watch.guard("averaging the losses", None):
+        with torch.no_grad(), aside[0], aside[1], watch.guard("averaging the losses", None):
             loss = super()._aggregate_total_loss()
-        additional = list((self.agg_additional_losses or {}).values())
-        stacked = torch.stack([self.dp_group_loss, loss, *additional]).to(torch.float64)
-        values = self.pipeline.watch.fetch(stacked, "reporting the losses")
-        if not torch.isfinite(values).all():
-            for number, value in broken(numbers, losses):
-                logger.warning(f"the loss of micro-batch {number} is {value} (stage {self.num_stages - 1})")
-        self._reported[window, direction] = values
-        for rank in range(self.num_stages):
-            if rank != self.stage_id:
-                assert self.pipeline.channels is not None
-                self.pipeline.channels.send_report(rank, values, direction)
+        reported = [self.dp_group_loss, loss, *(self.agg_additional_losses or {}).values()]
+        brought = together(reported, losses)
+
+        def report(values: torch.Tensor) -> None:
+            warn_of_broken(numbers, values[len(reported) :], self.num_stages - 1)
+            self._reported[window, direction] = values = values[: len(reported)].clone()
+            for rank in range(self.num_stages):
+                if rank != self.stage_id and self.pipeline.channels is not None:
+                    self.pipeline.channels.send_report(rank, values, direction)
+
+        watch.bring(brought, "reporting the losses", report)
 
     # How
 

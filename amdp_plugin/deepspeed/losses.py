@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from deepspeed.utils import logger
 from torch import Tensor
 
 MicroBatchLoss = tuple[Any, dict[str, Tensor] | None]
@@ -22,8 +24,15 @@ def summed(losses: Sequence[MicroBatchLoss]) -> MicroBatchLoss:
     return total, {name: sum((extra[name] for extra in extras), start=value) for name, value in additional.items()}
 
 
-def broken(micro_batches: range, losses: Sequence[MicroBatchLoss]) -> Iterator[tuple[int, float]]:
-    """The micro-batches whose loss is not finite. Every look waits for the device, where that is a GPU."""
-    for number, (loss, _) in zip(micro_batches, losses, strict=True):
-        if not math.isfinite(float(loss)):
-            yield number, float(loss)
+def together(reported: Sequence[Tensor], losses: Sequence[MicroBatchLoss]) -> Tensor:
+    """What is reported of a window and then the losses of its micro-batches, in float64, to be brought to the host at
+    once: a later look at one of them would wait for all that the device has been given since."""
+    each = [*reported, *(loss for loss, _ in losses)]
+    return torch.stack([value.detach().reshape(()).to(torch.float64) for value in each])
+
+
+def warn_of_broken(micro_batches: Sequence[int], losses: Tensor, stage: int) -> None:
+    """Name the micro-batches whose loss, of ``losses`` on the host, is not finite."""
+    for number, loss in zip(micro_batches, losses.tolist(), strict=True):
+        if not math.isfinite(loss):
+            logger.warning(f"the loss of micro-batch {number} is {loss} (stage {stage})")

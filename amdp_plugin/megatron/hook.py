@@ -24,6 +24,7 @@ from .losses import WindowReports
 from .optimizer import OptimizerSteps, stage_local
 from .random_state import GENERATORS
 from .refusals import check_common_decisions, check_options
+from .tensor_ranks import TensorRanks
 from .tied import is_tied, tied_embedding
 from .tied_state import MegatronStates
 from .worker import Call, ChunksWorker
@@ -230,6 +231,7 @@ class ScheduledForwardBackward:
         costs, everywhere = self.settings.costs(self._num_stages), lambda micro_batch: True
         self.pipeline = Pipeline(self.schedule, costs, self._site(), self._pull, GENERATORS, everywhere)
         bound_collectives(_groups(self._group), self.settings.timeout_seconds)
+        self._tensor_ranks = TensorRanks(self.pipeline.watch, self.settings.timeout_seconds)
         schedule = self.pipeline.schedule
         self.guests = build_guests(self._provider, self._chunk, self._rank, schedule.placement)
         replicas, held = build_replicas(self._chunk, self._rank, self.guests, schedule)
@@ -256,7 +258,10 @@ class ScheduledForwardBackward:
         schedule = self.pipeline.schedule
         chunks = {self._rank: self._chunk, **self.guests}
         self._reports = WindowReports(self.pipeline)
-        worker = ChunksWorker(self.pipeline, chunks, self._rank, self._steps, lambda: self._call, self._reports.collect)
+        worker = ChunksWorker(
+            self.pipeline, chunks, self._rank, self._steps, lambda: self._call, self._reports.collect,
+            self._tensor_ranks,
+        )  # fmt: skip
         self.pipeline.start(worker, window, chunks.values())
         lines = [clipping_line(self._clipping, schedule), *self.notices]
         if self.pipeline.holds_more:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +24,15 @@ class WindowReports:
         self._here: dict[tuple[int, int], list[Any]] = {}
 
     def collect(self, window: int, direction: int) -> None:
-        """Where ``direction`` ends, after its last backward of ``window``: keep what it reported, or send it."""
+        """Where ``direction`` ends, after its last backward of ``window``: keep what it reported, or send it as soon as
+        the host has it."""
         reported = self._pipeline.losses.take(self._schedule.micro_batches_of(window, direction))
         if self._pipeline.site.rank == self._reader:
             self._here[window, direction] = reported
         else:
             assert self._pipeline.channels is not None
-            values = self._pipeline.watch.fetch(pack(reported), "reporting the losses")
-            self._pipeline.channels.send_report(self._reader, values, direction)
+            send = partial(self._pipeline.channels.send_report, self._reader, direction=direction)
+            self._pipeline.watch.bring(pack(reported), "reporting the losses", send)
 
     def of_window(self, window: int) -> list[Any]:
         """On the last rank, of all micro-batches in their order; elsewhere empty."""

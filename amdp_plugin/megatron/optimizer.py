@@ -39,6 +39,7 @@ class OptimizerSteps:
         self._optimizer, self._chunk = optimizer, chunk
         self._step, self._zero_grad, self._zero_buffer = optimizer.step, optimizer.zero_grad, chunk.zero_grad_buffer
         self._results: deque[StepResult] = deque()
+        self._known_scale: tuple[Any, float] = (None, 1.0)
         buffers = [buffer.grad_data for buffer in gradient_buffers(chunk)]
         self.parking = Parking(BufferSums(buffers), self._loss_scale)
         """The gradients of windows that wait for their update."""
@@ -92,6 +93,7 @@ class OptimizerSteps:
     def _step_within(self, deciding: AbstractContextManager[Any]) -> None:
         with deciding:
             self._results.append(self._step())
+        self._loss_scale()  # known now, when the step has asked the device already, and not behind a message
         self._zero()
 
     def _squares(self) -> Tensor:
@@ -107,8 +109,14 @@ class OptimizerSteps:
         return squares
 
     def _loss_scale(self) -> float:
-        """The present one; 1 without fp16."""
-        return float(self._optimizer.get_loss_scale()) if self._optimizer.config.fp16 else 1.0
+        """The present one; 1 without fp16. Megatron keeps it on the device, in a new tensor whenever it changes: only
+        then the host waits for it."""
+        if not self._optimizer.config.fp16:
+            return 1.0
+        present = self._optimizer.get_loss_scale()
+        if present is not self._known_scale[0]:
+            self._known_scale = present, float(present)
+        return self._known_scale[1]
 
     @property
     def _norm_group(self) -> Any:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config, get_model_type
@@ -28,6 +26,7 @@ from ..runtime.weights import live_update
 from ..runtime.worker import StagesWorker
 from .optimizer import OptimizerSteps, reduce_gradients
 from .stage_view import accepted, acting_as, bare
+from .tensor_ranks import TensorRanks
 
 
 @dataclass
@@ -66,6 +65,7 @@ class ChunksWorker(StagesWorker):
         steps: the optimizer of the home.
         call: the loop's latest call.
         report: takes (window, direction) when the last backward of a last stage here is done.
+        tensor_ranks: of the home.
     """
 
     def __init__(
@@ -76,11 +76,13 @@ class ChunksWorker(StagesWorker):
         steps: OptimizerSteps,
         call: Callable[[], Call],
         report: Callable[[int, int], None],
+        tensor_ranks: TensorRanks,
     ) -> None:
         super().__init__(pipeline.schedule, pipeline.feed, pipeline.random_streams, pipeline.losses, pipeline.replicas)
         self._pipeline = pipeline
         self._chunks, self._home, self._steps, self._call, self._report = chunks, home, steps, call, report
-        self._config, self._watch, self._feedback = get_model_config(chunks[home]), pipeline.watch, pipeline.feedback
+        self._config, self._feedback = get_model_config(chunks[home]), pipeline.feedback
+        self._tensor_ranks = tensor_ranks
         self._in_flight: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._backward_step = partial(
             schedules.backward_step, **accepted(schedules.backward_step, model_type=get_model_type(chunks[home]))
@@ -92,15 +94,9 @@ class ChunksWorker(StagesWorker):
     def has_window(self, window: int) -> bool:
         """Whether there is data for the whole window. Of tensor-parallel ranks the first one knows: in Megatron the
         others have no iterator, or read the same."""
-        group = parallel_state.get_tensor_model_parallel_group()
-        reads = group.rank() == 0 or self._call().data_iterator is not None
-        exists = reads and super().has_window(window)
-        if group.size() == 1:
-            return exists
-        answer = torch.tensor(int(exists), device=next(self._chunks[self._home].parameters()).device)
-        with self._watch.guard("a collective", None):
-            dist.broadcast(answer, parallel_state.get_tensor_model_parallel_src_rank(), group=group)
-        return bool(answer.item())
+        ranks = self._tensor_ranks
+        reads = ranks.leads or self._call().data_iterator is not None
+        return ranks.first_says(reads and super().has_window(window))
 
     def run_forward(self, action: Action, inputs: Tensors | None) -> Tensors | None:
         stage, _, micro_batch = action

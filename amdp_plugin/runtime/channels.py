@@ -22,6 +22,8 @@ _DTYPES = (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
 )  # fmt: skip
 _SIGNATURE_LENGTH = 256
+NOT_YET = -1
+"""In the place of a control message that has not come; none ends so, but for losses, which are then just waited for."""
 
 
 class Signature(NamedTuple):
@@ -246,9 +248,11 @@ class Channels:
         self._keep(receiver, tag, _Sent(action, *sent))
 
     def _receive_control(self, target: Tensor, sender: int, tag: int, what: str, action: Action | None) -> Tensor:
+        target.fill_(NOT_YET)
         with self._watch.guard(what, action, sender):
             work = self._transport.receive_control(target, sender, tag)
-        self._watch.wait(work, what, action, sender, name=what)
+        # Gloo does not say whether a message has come, but it lands in the meantime.
+        self._watch.wait(work, what, action, sender, name=what, has_come=lambda: target[-1].item() != NOT_YET)
         return target
 
     def _keep(self, receiver: int, tag: int | None, sent: _Sent) -> None:

@@ -96,7 +96,7 @@ class _Pinned:
         self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._values.copy_(tensor.detach(), non_blocking=True)
         self._done = torch.cuda.Event()
-        self._done.record()
+        self._done.record(torch.cuda.current_stream(tensor.device))  # the process may have chosen another device since
 
     def is_done(self) -> bool:
         return self._done.query()

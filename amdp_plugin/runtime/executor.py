@@ -120,8 +120,9 @@ class Executor:
     def execute(self, action: Action) -> None:
         """Do one action: receive what it needs, compute, send what others need."""
         tied = self.schedule.sharing.is_tied(action.stage)
-        # A step may ask the device for a norm, and such a question has no limit: it must not stand before a message.
-        self._watch.keep_pace(*((0,) if action.kind == UPDATE and not tied else ()))
+        self._watch.keep_pace()
+        if action.kind == UPDATE and not tied:
+            self._watch.pass_messages()  # a step may ask the device for a norm, and such a question has no limit
         if action.kind == FORWARD:
             self._forward(action)
         elif action.kind == BACKWARD:
@@ -138,6 +139,7 @@ class Executor:
 
     def close_window(self) -> None:
         """All actions of the window that :meth:`open_window` began are done."""
+        self._watch.hand_over()
         self.window += 1
         if self._running is self._opening and self.window == self.schedule.flush_first:
             self._catch_up()
@@ -309,12 +311,12 @@ class Executor:
         if stage > 0:
             self._send(action, input_gradients)
         window = action.window(self.schedule.micro_batches)
-        if self._closes_window(action):
-            self._note_whole(stage, window)
         if window > self.window:
             self._early.append(action)
         else:
-            self._count(action)
+            self._count(action)  # first: the losses that it reports come with what a closing window waits for
+        if self._closes_window(action):
+            self._note_whole(stage, window)
 
     def _note_whole(self, stage: int, window: int) -> None:
         """The gradient of ``window`` is whole, but for weights that ``stage`` shares, or that of one of these is."""
@@ -323,7 +325,7 @@ class Executor:
         self._whole[stage] += 1
         if self._whole[stage] > len(self.schedule.sharing.of_stage[stage]):
             self._whole[stage] = 0
-            self._watch.keep_pace(0)  # as before a step
+            self._watch.pass_messages()  # as before a step
             with self._computing(update := Action(stage, UPDATE, window)):
                 self._worker.close(update)
 

@@ -101,7 +101,10 @@ def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta, max_chann
     options._timeout = timeout
     # When a message fails, torch's watchdog is to give the communicator up, so that the device goes on and the host
     # can tell. By default it ends the process, without a word of the pipeline, by itself or through the job's group.
-    with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING=CLEAN_UP_ONLY, TORCH_NCCL_DUMP_ON_TIMEOUT="0"):
+    # And a wait is to hold the device alone, whatever the job asks of its own groups.
+    with _environment(
+        TORCH_NCCL_ASYNC_ERROR_HANDLING=CLEAN_UP_ONLY, TORCH_NCCL_DUMP_ON_TIMEOUT="0", TORCH_NCCL_BLOCKING_WAIT="0"
+    ):
         return dist.ProcessGroupNCCL(store, rank, size, options)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple, Protocol
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..plan.action import Action
 from ..plan.devices import HOST_AHEAD
-from .device import Mark
+from .device import Copy, Mark
 from .timeline import WAIT, Timeline
 
 FIRST_WINDOW = 5
@@ -63,6 +63,14 @@ class _Given(NamedTuple):
     work: InStream | None = None
 
 
+class _Coming(NamedTuple):
+    """Values on their way to the host, and who takes them."""
+
+    copy: Copy
+    what: str
+    take: Callable[[Tensor], None]
+
+
 class Watch:
     """Bounds every wait of one rank, and remembers what the rank was doing.
 
@@ -79,8 +87,18 @@ class Watch:
         self.last_done: Action | None = None
         self.in_first_window = True
         self._given: deque[_Given] = deque()
+        self._coming: deque[_Coming] = deque()
+        self._handing_over = False
 
-    def wait(self, work: Waitable, what: str, action: Action | None, peer: int, name: str | None = None) -> None:
+    def wait(
+        self,
+        work: Waitable,
+        what: str,
+        action: Action | None,
+        peer: int | None,
+        name: str | None = None,
+        has_come: Callable[[], bool] | None = None,
+    ) -> None:
         """Wait for ``work``, one wait with the whole timeout (an expired gloo wait closes its pair for good).
 
         The device waits in place of the host where ``work`` is :class:`InStream`; then :meth:`keep_pace` raises.
@@ -89,10 +107,13 @@ class Watch:
             what: what is done, for a message.
             action: for which action.
             name: what the timeline calls it; by default as the action.
+            has_come: whether it need not be waited for, where that can be seen.
 
         Raises:
             PipelineStallError: when it does not complete in time, or the peer is gone.
         """
+        if not isinstance(work, InStream):
+            self.hand_over(has_come)  # the peer may be waiting for it
         with self.guard(what, action, peer), self.timeline.span(name or str(action or what), WAIT):
             work.wait(timedelta(seconds=self._limit))
             if isinstance(work, InStream):
@@ -116,6 +137,19 @@ class Watch:
         Raises:
             PipelineStallError: when the device gets nothing done in time, or a transport says that it failed.
         """
+        self._let(lambda: bool(ahead) and sum(given.what == _COMPUTING for given in self._given) < ahead)
+
+    def pass_messages(self) -> None:
+        """Before the host may ask the device something that has no limit: let it come past all messages. What it
+        computes after them ends by itself.
+
+        Raises:
+            PipelineStallError: as :meth:`keep_pace`.
+        """
+        self._let(lambda: all(given.work is None for given in self._given))
+
+    def _let(self, far_enough: Callable[[], bool]) -> None:
+        """Let the device go on until it is ``far_enough``, or through."""
         since, limit = time.monotonic(), self._limit
         while self._given:
             first = self._given[0]
@@ -126,25 +160,66 @@ class Watch:
                     self._given.popleft()
                     since = time.monotonic()
                     continue
-            if sum(given.what == _COMPUTING for given in self._given) < ahead:
+            self._hand_over_ready()
+            if far_enough():
                 return
             if time.monotonic() - since > limit:
                 error = f"timed out after {limit:g} s on the device"
                 raise PipelineStallError(self._message(first.what, first.action, first.peer, error))
             time.sleep(POLL_SECONDS)
+        self._hand_over_ready()
         self.timeline.settle()
 
     def fetch(self, tensor: Tensor, what: str) -> Tensor:
-        """The values of ``tensor`` on the CPU: the one way here to wait for the device, within the limit.
+        """The values of ``tensor`` on the CPU, now: with :meth:`hand_over` the one way here to wait for values of the
+        device, within the limit.
 
         Raises:
             PipelineStallError: as :meth:`keep_pace`.
         """
         copy = self.timeline.device.to_host(tensor)
+        self._await(copy, what)
+        self._hand_over_ready()
+        return copy.values()
+
+    def bring(self, tensor: Tensor, what: str, take: Callable[[Tensor], None]) -> None:
+        """Give ``take`` the values of ``tensor`` on the CPU as soon as the host, which goes on, finds them there: while
+        it keeps pace, at the latest before it waits for others or in :meth:`hand_over`."""
+        self._coming.append(_Coming(self.timeline.device.to_host(tensor), what, take))
+        self._hand_over_ready()
+        if self._coming:
+            self._given.append(_Given(self.timeline.device.mark(), what, self.last_done, None))
+
+    def hand_over(self, unless: Callable[[], bool] | None = None) -> None:
+        """What was to be brought is with those who take it; waits for what is not there yet, ``unless`` that says, in
+        the meantime, that the host need not stop at all.
+
+        Raises:
+            PipelineStallError: as :meth:`keep_pace`.
+        """
+        if self._handing_over:
+            return
+        if unless is not None:
+            self._let(lambda: not self._coming or unless())
+            return
+        while self._coming:
+            self._await(self._coming[0].copy, self._coming[0].what)
+            self._hand_over_ready()
+
+    def _hand_over_ready(self) -> None:
+        # One after the other: whoever takes values may send them, and so come by here.
+        while self._coming and not self._handing_over and self._coming[0].copy.is_done():
+            self._handing_over = True
+            try:
+                coming = self._coming.popleft()
+                coming.take(coming.copy.values())
+            finally:
+                self._handing_over = False
+
+    def _await(self, copy: Copy, what: str) -> None:
         if not copy.is_done():
             self._given.append(_Given(self.timeline.device.mark(), what, self.last_done, None))
             self.keep_pace(0)
-        return copy.values()
 
     @contextmanager
     def guard(self, what: str, action: Action | None, peer: int | None = None) -> Iterator[None]:

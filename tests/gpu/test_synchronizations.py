@@ -16,6 +16,7 @@ import torch
 from tests import devices
 from tests.deepspeed import jobs as deepspeed_jobs
 from tests.deepspeed.tied_layers import make_tied_engine
+from tests.late_device import counting_waits
 from tests.megatron import jobs as megatron_jobs
 from tests.megatron.training import Trainer
 from tests.processes import run_ranks
@@ -27,18 +28,19 @@ Counts = Counter[str]
 
 
 def count(train_window: Callable[[], object]) -> Counts:
-    """Synchronizations of ``COUNTED`` windows, by the place in the code that asks for them."""
+    """Synchronizations of ``COUNTED`` windows, by the place in the code that asks for them, and what the host waits for
+    by looking at events, of which CUDA says nothing."""
     for _ in range(WARM_UP):
         train_window()
     torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
+    own: list[str] = []
+    with warnings.catch_warnings(record=True) as caught, counting_waits(lambda: own.append("watch.py:_await")):
         warnings.simplefilter("always")
         for _ in range(COUNTED):
             train_window()
     torch.cuda.set_sync_debug_mode("default")
-    return Counter(
-        f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchronizing" in str(each.message)
-    )
+    places = [f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchronizing" in str(each.message)]
+    return Counter([*places, *own])
 
 
 def count_deepspeed(rank: int, job: deepspeed_jobs.Job, tied: bool) -> Counts:

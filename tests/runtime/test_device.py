@@ -20,6 +20,7 @@ from amdp_plugin.runtime.executor import Executor
 from amdp_plugin.runtime.plain import PlainWorker
 from amdp_plugin.runtime.timeline import RUN, WAIT, Event, Timeline
 from amdp_plugin.runtime.watch import FIRST_WINDOW, InStream, PipelineStallError, Watch
+from tests.late_device import LateDevice, counting_waits
 from tests.processes import run_ranks
 
 from .pipelines import Case, make_executor
@@ -182,7 +183,8 @@ def test_the_limit_counts_from_the_wait_and_the_first_window_has_its_own(monkeyp
 
 
 def test_a_value_is_fetched_when_it_is_there_or_not_at_all() -> None:
-    assert float(watch_on(SlowDevice(pace=1)).fetch(torch.tensor(3.0), "reporting")) == 3
+    patient = watch_on(SlowDevice(pace=1), timeout_seconds=60)
+    assert float(patient.fetch(torch.tensor(3.0), "reporting")) == 3
     with pytest.raises(PipelineStallError, match="reporting did not complete"):
         watch_on(SlowDevice()).fetch(torch.tensor(3.0), "reporting")
 
@@ -218,30 +220,123 @@ def test_windows_on_a_device_ask_for_values_once_a_window(device: Any, monkeypat
         assert 0 < device.most_behind <= 3 * (HOST_AHEAD + 1)
 
 
-def behind_at_questions(rank: int, case: Case) -> dict[str, list[int]]:
-    """How far the device is behind when the worker is asked for what may need a norm: as a window closes, in its
-    update, or in that which a quiet moment hastens."""
+def pending_at_questions(rank: int, case: Case) -> dict[str, list[tuple[int, int]]]:
+    """What the device has still to do when the worker is asked for what may need a norm, as a window closes, in its
+    update, or in that which a quiet moment hastens: (messages, all)."""
     executor, worker = make_executor(rank, case)
-    device = SlowDevice(pace=1)
-    executor._watch.timeline = Timeline(device=device)
-    found: dict[str, list[int]] = {"close": [], "update": []}
+    device, watch = LateDevice(), executor._watch
+    found: dict[str, list[tuple[int, int]]] = {"close": [], "update": []}
 
     def noting(name: str, whole: Callable[[Action], None]) -> Callable[[Action], None]:
-        return lambda action: (found[name].append(device.given - device.done), whole(action))[1]
+        def asked(action: Action) -> None:
+            found[name].append((sum(given.work is not None for given in watch._given), len(watch._given)))
+            whole(action)
+
+        return asked
 
     for name in found:
         setattr(worker, name, noting(name, getattr(worker, name)))
-    for _ in range(4):
-        executor.run_window()
-    made = len(found["update"])
-    executor.quiesce()
+    with device.in_use():
+        watch.timeline = Timeline(device=device)
+        for _ in range(4):
+            executor.run_window()
+        made = len(found["update"])
+        executor.quiesce()
     assert rank == 0 or len(found["update"]) > made, "updates were still to come"
     return found
 
 
 def test_a_question_about_gradients_does_not_stand_before_a_message() -> None:
-    """The host waits for its device, within the limit, before it may be asked without one."""
+    """The host waits, within the limit, until its device is past all messages, before it may ask without one; but not
+    for what the device computes."""
     case = Case("paci", 3, 2, options=(("decisions", "relayed"),), clipping=0.05)
-    for found in run_ranks(3, behind_at_questions, case):
+    for found in run_ranks(3, pending_at_questions, case):
         assert len(found["close"]) == len(found["update"]) == 4
-        assert max(map(max, found.values())) <= 1, f"the instant at which its span begins, and no more: {found}"
+        pending = found["close"] + found["update"]
+        assert not any(messages for messages, _ in pending), found
+        assert any(everything for _, everything in pending), "the device is late"
+
+
+def test_what_has_no_limit_is_asked_when_the_device_is_past_all_messages() -> None:
+    device, work = SlowDevice(), BareWork()
+    watch = watch_on(device)
+    watch.given(Action(1, "F", 6))
+    watch.wait(InStream(work), "receiving", Action(1, "F", 7), 2)  # type: ignore[arg-type]
+    watch.given(Action(1, "F", 7))
+    with pytest.raises(PipelineStallError, match="at 1F6: computing"):
+        watch.pass_messages()
+    device.done = 1
+    with pytest.raises(PipelineStallError, match="at 1F7: receiving with rank 2"):
+        watch.pass_messages()
+    device.done = device.given - 1
+    watch.pass_messages()
+    with pytest.raises(PipelineStallError, match="at 1F7: computing"):
+        watch.keep_pace(0)
+
+
+def test_what_is_brought_comes_while_the_host_keeps_pace() -> None:
+    device, taken = LateDevice(), []
+    watch = Watch(3, 60, Timeline(device=device))
+    with device.in_use():
+        watch.given(Action(0, "B", 0))
+        watch.bring(torch.tensor(3.0), "reporting", taken.append)
+        assert not taken, "the host goes on"
+        for micro_batch in range(1, HOST_AHEAD + 2):
+            watch.keep_pace()
+            watch.given(Action(0, "B", micro_batch))
+        assert taken == [3]
+        watch.bring(torch.tensor(4.0), "reporting", taken.append)
+        assert float(watch.fetch(torch.tensor(5.0), "a sum")) == 5
+        assert taken == [3, 4], "one wait is enough for both"
+
+
+class Noting:
+    """Work whose wait is noted."""
+
+    def __init__(self, done: list[Any]) -> None:
+        self._done = done
+
+    def wait(self, timeout: timedelta) -> bool:
+        self._done.append("waited")
+        return True
+
+
+@pytest.mark.parametrize("block", ["wait", "hand_over"])
+def test_what_is_brought_is_handed_over_before_the_host_waits_for_others(block: str) -> None:
+    """They may wait for it. Who takes it sends it, and may come by a wait then."""
+    device, done, waits = LateDevice(), [], []
+    watch = Watch(3, 60, Timeline(device=device))
+
+    def send(values: Tensor) -> None:
+        done.append(float(values))
+        watch.wait(Noting(done), "sending", None, 0)
+
+    with counting_waits(lambda: waits.append(1)):
+        for value in (1.0, 2.0):
+            watch.bring(torch.tensor(value), "reporting", send)
+        with device.pausing():
+            if block == "wait":
+                watch.wait(Noting(done), "receiving", None, 0)
+            else:
+                watch.hand_over()
+    assert done == [1, "waited", 2, "waited", *(["waited"] if block == "wait" else [])], "in order"
+    assert len(waits) == 1, "the device had come past both when the first was there"
+
+
+@pytest.mark.parametrize("first", ["message", "values"])
+def test_the_host_stops_for_values_no_longer_than_for_the_message_that_it_waits_for(first: str) -> None:
+    device, done, waits = LateDevice(), [], []
+    watch = Watch(3, 60, Timeline(device=device))
+    watch.given(Action(0, "B", 0))
+    watch.bring(torch.tensor(3.0), "reporting", lambda values: done.append(float(values)))
+    with device.pausing(), counting_waits(lambda: waits.append(1)):
+        watch.wait(Noting(done), "receiving a header", None, 0, has_come=lambda: first == "message")
+    assert done == (["waited"] if first == "message" else [3, "waited"])
+    assert not waits
+
+
+def test_what_is_brought_and_does_not_come_is_named() -> None:
+    watch = watch_on(SlowDevice())
+    watch.bring(torch.tensor(3.0), "reporting the losses", lambda values: None)
+    with pytest.raises(PipelineStallError, match=r"reporting the losses did not complete within 0.02 s"):
+        watch.hand_over()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import torch.distributed as dist
 from amdp_plugin.plan.action import FORWARD
 from amdp_plugin.plan.schedule import Schedule
 from amdp_plugin.plan.schedules import make
-from amdp_plugin.runtime.groups import channels_of_a_message, interface
+from amdp_plugin.runtime.groups import Group, channels_of_a_message, interface
 from amdp_plugin.runtime.pipeline import most_links
 from amdp_plugin.runtime.transport import Transport
 
@@ -70,6 +73,27 @@ def test_links_of_the_busiest_rank(schedule: Schedule, links: int) -> None:
     """A middle rank of 8 sends to and hears from two neighbours. Under amdp it is home to one stage with three guests
     and a guest of three: gradients and weights, each way."""
     assert most_links(schedule) == links
+
+
+def test_what_a_job_asks_of_its_own_groups_is_not_asked_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that blocks in a wait knows no limit, and a watchdog that ends the process leaves no message of ours."""
+    seen: dict[str, str | None] = {}
+
+    class Nccl:
+        Options = staticmethod(lambda **_: SimpleNamespace(config=SimpleNamespace()))
+
+        def __init__(self, *_: Any) -> None:
+            for name in ("BLOCKING_WAIT", "ASYNC_ERROR_HANDLING"):
+                seen[name] = os.environ.get(f"TORCH_NCCL_{name}")
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr("amdp_plugin.runtime.groups.default_store", dist.HashStore)
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "1")
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    Group([0], "nccl", timedelta(seconds=1))
+    assert seen == {"BLOCKING_WAIT": "0", "ASYNC_ERROR_HANDLING": "2"}
+    assert os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "1" and "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in os.environ
 
 
 def test_messages_leave_multiprocessors_to_the_stages() -> None:
