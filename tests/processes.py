@@ -7,6 +7,7 @@ parent computes there too.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -23,9 +24,17 @@ import torch
 import torch._dynamo  # torch imports it with the first optimizer: three seconds that every rank would spend anew
 import torch.distributed as dist
 
+from amdp_plugin.settings import read_schedule
+
 from . import devices, one_gpu
 
 torch.set_num_threads(1)
+# More that every rank would do anew: look in all that is installed for schedules and for pydantic's plugins, read the
+# source of whoever seeds, import what a span wants.
+read_schedule("paci", "the tests")
+torch.manual_seed(torch.initial_seed())
+with torch.autograd.profiler.record_function("a span"):
+    pass
 
 
 def run_ranks(world: int, target: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
@@ -76,6 +85,7 @@ def _context(target: Callable[..., Any]) -> Any:
 
 
 def _rank(rank: int, world: int, rendezvous: Path, answers: Any, target: Callable[..., Any], arguments: Any) -> None:
+    gc.freeze()  # what was there before the fork is no garbage, and to look through it costs more than most jobs
     local = str(devices.local_rank(rank))
     os.environ.update(RANK=str(rank), LOCAL_RANK=local, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     try:
