@@ -51,6 +51,9 @@ def run_ranks(world: int, target: Callable[..., Any], *arguments: Any, timeout: 
 
 def outcomes(world: int, target: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[tuple[bool, Any]]:
     """As :func:`run_ranks`, but failures are results: (True, value), or (False, traceback) of every rank."""
+    for argument in arguments:
+        if hasattr(argument, "prepare"):  # what all ranks would find anew
+            argument.prepare()
     context = _context(target)
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as directory:
