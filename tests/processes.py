@@ -49,8 +49,14 @@ def run_ranks(world: int, target: Callable[..., Any], *arguments: Any, timeout: 
     return [value for _, value in results]
 
 
-def outcomes(world: int, target: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[tuple[bool, Any]]:
-    """As :func:`run_ranks`, but failures are results: (True, value), or (False, traceback) of every rank."""
+def outcomes(
+    world: int, target: Callable[..., Any], *arguments: Any, timeout: float = 120.0, without: int | None = None
+) -> list[tuple[bool, Any]]:
+    """As :func:`run_ranks`, but failures are results: (True, value), or (False, traceback) of every rank.
+
+    Args:
+        without: a rank that is not waited for, and killed when all others have answered.
+    """
     for argument in arguments:
         if hasattr(argument, "prepare"):  # what all ranks would find anew
             argument.prepare()
@@ -66,7 +72,8 @@ def outcomes(world: int, target: Callable[..., Any], *arguments: Any, timeout: f
             process.start()
         found: dict[int, tuple[bool, Any]] = {}
         end = time.monotonic() + timeout
-        while len(found) < world and time.monotonic() < end:
+        awaited = set(range(world)) - {without}
+        while awaited - found.keys() and time.monotonic() < end:
             try:
                 rank, ok, value = answers.get(timeout=0.2)
                 found.setdefault(rank, (ok, pickle.loads(value) if ok else value))
@@ -74,6 +81,8 @@ def outcomes(world: int, target: Callable[..., Any], *arguments: Any, timeout: f
                 dead = {r for r, process in enumerate(processes) if process.exitcode not in (None, 0)}
                 for rank in dead - found.keys():
                     found[rank] = (False, f"the process ended with exit code {processes[rank].exitcode}")
+        if without is not None:
+            processes[without].kill()
         for process in processes:
             process.join(timeout=5.0)
             process.kill()
