@@ -1,5 +1,6 @@
 """Checkpoints of a training loop on megatron-core, in Megatron's distributed format."""
 
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron_model import Trained
 from torch import Tensor
@@ -29,6 +31,8 @@ def save(directory: Path, step: int, trained: Trained, beside: Beside) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     dist.barrier()
+    # What is written is reported within this process; Megatron's own queue is a process more, which imports all anew.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state_of(trained, step, beside), str(folder))
     dist.barrier()
     if dist.get_rank() == 0:

@@ -62,7 +62,8 @@ def train_until_broken(
 
 def messages_of_others(world: int, train: Callable[..., Any], job: Any, culprit: int, deed: str) -> list[str]:
     """What all ranks but ``culprit`` say of ``train(rank, job, deed)``, where ``deed`` is ``None`` for them."""
-    found = outcomes(world, _train, train, job, culprit, deed, timeout=TIMEOUT + GRACE + START)
+    limit = TIMEOUT + GRACE + START
+    found = outcomes(world, _train, train, job, culprit, deed, timeout=limit, without=culprit)
     messages = []
     for rank, (good, value) in enumerate(found):
         if rank == culprit:

@@ -7,6 +7,7 @@ parent computes there too.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -23,9 +24,17 @@ import torch
 import torch._dynamo  # torch imports it with the first optimizer: three seconds that every rank would spend anew
 import torch.distributed as dist
 
+from amdp_plugin.settings import read_schedule
+
 from . import devices, one_gpu
 
 torch.set_num_threads(1)
+# More that every rank would do anew: look in all that is installed for schedules and for pydantic's plugins, read the
+# source of whoever seeds, import what a span wants.
+read_schedule("paci", "the tests")
+torch.manual_seed(torch.initial_seed())
+with torch.autograd.profiler.record_function("a span"):
+    pass
 
 
 def run_ranks(world: int, target: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
@@ -40,8 +49,17 @@ def run_ranks(world: int, target: Callable[..., Any], *arguments: Any, timeout: 
     return [value for _, value in results]
 
 
-def outcomes(world: int, target: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[tuple[bool, Any]]:
-    """As :func:`run_ranks`, but failures are results: (True, value), or (False, traceback) of every rank."""
+def outcomes(
+    world: int, target: Callable[..., Any], *arguments: Any, timeout: float = 120.0, without: int | None = None
+) -> list[tuple[bool, Any]]:
+    """As :func:`run_ranks`, but failures are results: (True, value), or (False, traceback) of every rank.
+
+    Args:
+        without: a rank that is not waited for, and killed when all others have answered.
+    """
+    for argument in arguments:
+        if hasattr(argument, "prepare"):  # what all ranks would find anew
+            argument.prepare()
     context = _context(target)
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as directory:
@@ -54,7 +72,8 @@ def outcomes(world: int, target: Callable[..., Any], *arguments: Any, timeout: f
             process.start()
         found: dict[int, tuple[bool, Any]] = {}
         end = time.monotonic() + timeout
-        while len(found) < world and time.monotonic() < end:
+        awaited = set(range(world)) - {without}
+        while awaited - found.keys() and time.monotonic() < end:
             try:
                 rank, ok, value = answers.get(timeout=0.2)
                 found.setdefault(rank, (ok, pickle.loads(value) if ok else value))
@@ -62,6 +81,8 @@ def outcomes(world: int, target: Callable[..., Any], *arguments: Any, timeout: f
                 dead = {r for r, process in enumerate(processes) if process.exitcode not in (None, 0)}
                 for rank in dead - found.keys():
                     found[rank] = (False, f"the process ended with exit code {processes[rank].exitcode}")
+        if without is not None:
+            processes[without].kill()
         for process in processes:
             process.join(timeout=5.0)
             process.kill()
@@ -76,6 +97,7 @@ def _context(target: Callable[..., Any]) -> Any:
 
 
 def _rank(rank: int, world: int, rendezvous: Path, answers: Any, target: Callable[..., Any], arguments: Any) -> None:
+    gc.freeze()  # what was there before the fork is no garbage, and to look through it costs more than most jobs
     local = str(devices.local_rank(rank))
     os.environ.update(RANK=str(rank), LOCAL_RANK=local, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     try:

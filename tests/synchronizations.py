@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .late_device import LateDevice, counting_waits
 
-WARM_UP, COUNTED = 3, 4
+WARM_UP, COUNTED = 2, 3
 """Windows."""
 READS = {
     "item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__",

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import deepspeed
+import deepspeed.comm.mori  # these three are imported with the first engine
+import deepspeed.module_inject.auto_ep_config
+import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # with it half of torch's compiler, which ZeRO and bf16 import
 import torch
 from deepspeed.comm.torch import build_shm_op

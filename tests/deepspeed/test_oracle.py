@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from deepspeed.ops.adam.fused_adam import FusedAdamBuilder
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor, nn
@@ -285,8 +287,7 @@ def test_clipping_by_what_is_known_after_windows_with_a_flush() -> None:
 @pytest.mark.parametrize("name", ["paci", "amdp"])
 def test_the_norm_is_by_default_what_is_known_of_all_stages(name: str) -> None:
     job = Job(name, 4, 4, config={"gradient_clipping": LIMIT})
-    found, same = run(job), run(replace(job, schedule={"name": name, "decisions": "latest"}))
-    assert_same(found, same)
+    assert_same(run(job), run(replace(job, schedule={"name": name, "decisions": "latest"})))
 
 
 @pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 1}}])
@@ -358,7 +359,8 @@ MUON = {"optimizer": {"type": "Muon", "params": {"lr": 0.02, "momentum": 0.95, "
 def test_error_feedback_and_muon(config: dict[str, Any]) -> None:
     """Around whatever the optimizer does, for weights of all shapes: after one update, which is that without."""
     job = Job("paci", 2, 4, optimizer=None, config={**MUON, **config}, windows=1)
-    with torch._dynamo.config.patch(disable=True):  # DeepSpeed compiles Muon, which takes a minute
+    # DeepSpeed compiles Muon and its Adam, minutes in which a rank that is stopped leaves a lock for which all wait.
+    with torch._dynamo.config.patch(disable=True), patch.object(FusedAdamBuilder, "load", side_effect=RuntimeError):
         without, before = run(job), run(replace(job, windows=0))
         found = run(replace(job, schedule={"name": "paci", **FEEDBACK}))
     for stage, result in enumerate(found):

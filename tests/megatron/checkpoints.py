@@ -10,6 +10,7 @@ import queue
 from pathlib import Path
 from typing import Any
 
+import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401 - what every rank would import with a checkpoint
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state

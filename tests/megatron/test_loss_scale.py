@@ -175,9 +175,18 @@ def train_relayed(rank: int, job: Job) -> dict[str, Any]:
 RELAYED_FP16 = {key: {**value, **DISTRIBUTED.get(key, {})} for key, value in FP16.items()}
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-@pytest.mark.parametrize("more", [FP16, RELAYED_FP16], ids=["", "distributed optimizer"])
-@pytest.mark.parametrize(("stages", "size"), [(2, 2), (3, 4), (4, 4)])
+@pytest.mark.parametrize(
+    ("stages", "size", "more", "tied"),
+    [
+        (2, 2, FP16, False),
+        (2, 2, RELAYED_FP16, True),
+        (3, 4, FP16, True),
+        (3, 4, RELAYED_FP16, False),
+        (4, 4, FP16, False),
+        (4, 4, RELAYED_FP16, True),
+    ],
+    ids=lambda value: value if isinstance(value, int) else "distributed optimizer" if value is RELAYED_FP16 else "",
+)
 def test_all_stages_skip_and_rescale_without_a_meeting(
     stages: int, size: int, more: dict[str, Any], tied: bool
 ) -> None:

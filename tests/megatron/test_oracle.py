@@ -146,18 +146,13 @@ def clip_whole_model(parameters: list[nn.Parameter]) -> None:
     clip(parameters)
 
 
-def beside_unclipped(
-    found: list[dict[str, Any]], expected: dict[str, Any], job: Job
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every parameter of every rank's own stage: as found, as expected, and as it would be without clipping."""
-    unclipped = oracle(replace(job, clip=0.0))
+def of_own_stages(found: list[dict[str, Any]], *expected: dict[str, Any]) -> Iterator[tuple[Tensor, ...]]:
+    """Every parameter of every rank's own stage: as found, and as each of the oracles has it."""
     for result in found:
         stage = result["stage"]
-        held = expected["weights"][stage][stage], unclipped["weights"][stage][stage]
-        yield from zip(result["weights"][stage], *held, strict=True)
+        yield from zip(result["weights"][stage], *(each["weights"][stage][stage] for each in expected), strict=True)
 
 
-@pytest.mark.parametrize("more", [{}, DISTRIBUTED], ids=["", "distributed optimizer"])
 @pytest.mark.parametrize(
     ("name", "decisions", "clipping"),
     [
@@ -165,21 +160,23 @@ def beside_unclipped(
         ("amdp", "latest", nothing), ("amdp", "meeting", clip_whole_model), ("paci", "meeting", clip_whole_model),
     ],
 )  # fmt: skip
-def test_clipping(name: str, decisions: str, clipping: Any, more: dict[str, Any]) -> None:
+def test_clipping(name: str, decisions: str, clipping: Any) -> None:
     """By the norm of the stage, of the whole model where updates meet, or by what is known of it. Megatron sums the
     squares in another order than the oracle, so norms, and all that comes of them, are equal to the rounding of
-    fp32."""
-    schedule = {"name": name, "decisions": decisions}
-    job = Job(schedule, 4, 4, clip=LIMIT, **{**more, "optimizer": {**LOOSE, **more.get("optimizer", {})}})
-    found, expected = run(job), oracle(job, before_step=clipping)
-    for value, other, far in beside_unclipped(found, expected, job):
-        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
-        assert not torch.allclose(value, far, rtol=1e-5, atol=1e-6) or torch.equal(other, far)
-    norms = {tuple(result["norms"]) for result in found}
-    if decisions == "relayed":
-        assert {result["norms"][0] for result in found[1:]} == {None}, "the first update is still to come"
-        norms = {norms[1:] if norms[0] is None else norms[:-1] for norms in norms}
-    assert len(norms) == (1 if decisions in ("meeting", "relayed") else 4), "one norm for all, or each stage has one"
+    fp32. The oracle knows no distributed optimizer: it is one for the job without and the job with it."""
+    job = Job({"name": name, "decisions": decisions}, 4, 4, clip=LIMIT, optimizer=LOOSE)
+    expected, unclipped = oracle(job, before_step=clipping), oracle(replace(job, clip=0.0))
+    in_parts = replace(job, ddp=DISTRIBUTED["ddp"], optimizer={**DISTRIBUTED["optimizer"], **LOOSE})
+    for found in map(run, (job, in_parts)):
+        for value, other, far in of_own_stages(found, expected, unclipped):
+            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+            assert not torch.allclose(value, far, rtol=1e-5, atol=1e-6) or torch.equal(other, far)
+        norms = {tuple(result["norms"]) for result in found}
+        if decisions == "relayed":
+            assert {result["norms"][0] for result in found[1:]} == {None}, "the first update is still to come"
+            norms = {norms[1:] if norms[0] is None else norms[:-1] for norms in norms}
+        alike = decisions in ("meeting", "relayed")
+        assert len(norms) == (1 if alike else 4), "one norm for all, or each stage has one"
 
 
 @pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 1), (3, 3), (4, 2), (4, 6)])

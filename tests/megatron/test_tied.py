@@ -16,7 +16,7 @@ from tests.processes import run_ranks
 from .jobs import DISTRIBUTED, DROPOUT, Job
 from .oracle import assert_equals_oracle, oracle
 from .test_checkpoints import change_hands, check_resumed
-from .test_oracle import FEEDBACK, LIMIT, LOOSE, beside_unclipped
+from .test_oracle import FEEDBACK, LIMIT, LOOSE, of_own_stages
 from .test_stock import FULL, OVERLAP
 from .training import Trainer, assert_same, run
 
@@ -82,7 +82,7 @@ def test_replicas_with_data_of_their_own() -> None:
 def test_the_norm_counts_it_once_and_whole() -> None:
     """By what each stage knows of the others, to the rounding of a norm."""
     job = Job({"name": "paci", "decisions": "latest"}, 4, 4, clip=LIMIT, tied=True, optimizer=LOOSE)
-    for value, other, far in beside_unclipped(run(job), oracle(job), job):
+    for value, other, far in of_own_stages(run(job), oracle(job), oracle(replace(job, clip=0.0))):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
         assert not torch.allclose(value, far, rtol=1e-5, atol=1e-6)
 

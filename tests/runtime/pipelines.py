@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from amdp_plugin.plan.decisions import windows_ago
 from amdp_plugin.plan.devices import ON_HOSTS, Provision
 from amdp_plugin.plan.extrapolation import planned_extrapolation
 from amdp_plugin.plan.messages import Link, Stream, links
-from amdp_plugin.plan.planner import Planner
+from amdp_plugin.plan.planner import Choice, Planner
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.staleness import planned_coefficient
 from amdp_plugin.runtime.channels import Channels, keep_sent
@@ -74,6 +74,27 @@ class Case(NamedTuple):
     def costs(self) -> CostModel:
         return CostModel.relative(self.stages, stage_costs=self.stage_costs)
 
+    def planners(self) -> tuple[Planner, Planner | None]:
+        """New ones, of the schedule and of its opening."""
+        planned = self._replace(kind="", optimizer="", dtype=torch.float32, dynamic_shapes=False, clipping=0.0)
+        choices = _choices(planned)
+        planner = Planner(self.make(), self.costs(), choices[0])
+        opening = planner.schedule.opening()
+        return planner, Planner(opening, self.costs(), choices[1]) if opening else None
+
+    def prepare(self) -> None:
+        """Let ranks that are forked from here inherit what trials find, which takes longer than to train. The oracle
+        tries by itself."""
+        self.planners()
+
+
+@cache
+def _choices(case: Case) -> tuple[Choice, Choice | None]:
+    """What the trials of ``case`` and of its opening find."""
+    planner = Planner(case.make(), case.costs())
+    opening = planner.schedule.opening()
+    return planner.choice, Planner(opening, case.costs()).choice if opening else None
+
 
 def make_channels(
     rank: int, stages: int, timeout_seconds: float = 30, keep_sent: int | None = None, **chosen: Any
@@ -99,7 +120,7 @@ def make_executor(
         return Transport(range(case.stages), chosen, devices.device(), timeout_seconds)
 
     make_transport = make_transport or transport
-    planner = Planner(case.make(), case.costs())
+    planner, first = case.planners()
     schedule, placement = planner.schedule, planner.schedule.placement
     watch = Watch(rank, timeout_seconds)
     neighbours = make_transport(links(schedule, Stream.PIPELINE))
@@ -124,8 +145,6 @@ def make_executor(
         exchange = Exchange(schedule, worker.replicas, exchanged, watch)
         exchange.provide(provision)
     torch.manual_seed(100 + rank)
-    opening = schedule.opening()
-    first = Planner(opening, case.costs()) if opening else None
     extrapolation = worker.extrapolation.get(rank)
     if extrapolation is not None:
         extrapolation.begin(planned_extrapolation(planner))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return values.permute(tuple(reversed(range(len(shape)))))
 
 
+@settings(deadline=None)
 @given(st.lists(SPECS, max_size=4))
 def test_what_is_packed_is_found_again(specs: list[tuple[tuple[int, ...], torch.dtype]]) -> None:
     tensors = [filled(*spec) for spec in specs]
