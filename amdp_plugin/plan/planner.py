@@ -204,15 +204,17 @@ def _candidates(schedule: Schedule) -> tuple[Schedule, ...]:
 
 def _by_trial(candidates: Sequence[Schedule], costs: CostModel) -> Choice:
     """The first candidate that is good enough, and the order under which it is fastest."""
-    # What needs most memory is usually fastest: tried first, it shortens the trials of the others.
+    # What needs most memory is fastest: tried first, it shortens the trials of the others, and where one with less is
+    # no longer good enough, there is no need to try those with less still.
     last = len(candidates) - 1
     best, order = _fastest(candidates[last], costs, inf)
     found = [(best, Choice(last, order or 0))]
     for place in reversed(range(last)):
         pace, order = _fastest(candidates[place], costs, best * GOOD_ENOUGH)
-        if order is not None:
-            best = min(best, pace)
-            found.append((pace, Choice(place, order)))
+        if order is None:
+            break
+        best = min(best, pace)
+        found.append((pace, Choice(place, order)))
     return next(choice for pace, choice in reversed(found) if pace <= best * GOOD_ENOUGH)
 
 

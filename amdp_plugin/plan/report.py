@@ -75,8 +75,8 @@ class Report:
         deadlock_free: whether no rank waits for ever; ``breach`` says who does.
         provision: what ranks have on GPUs, so that this holds there, too; ``None`` where that was not asked for.
         verified_windows: windows on which all laws were checked, from the first on.
-        period: windows after which everything repeats, so that the laws hold for ever; ``None`` when no
-            repetition was seen in ``verified_windows``, and the figures are those of the later half of these.
+        period: windows after which everything repeats, so that the laws hold for ever; ``None`` where a flush comes
+            after more windows than were looked at: the figures are those of the later half of ``verified_windows``.
     """
 
     schedule: str

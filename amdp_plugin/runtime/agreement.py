@@ -15,6 +15,7 @@ from ..plan.handover import read, written
 from ..plan.planner import Planner
 from ..plan.schedule import Schedule
 from .torch_private import set_timeout
+from .watch import FIRST_WINDOW
 
 MEBIBYTE = 2**20
 NO_TEXT = ("priorities", "alternatives", "smaller")
@@ -108,9 +109,14 @@ def _compare(text: bytes, mine: str, group: dist.ProcessGroup, device: torch.dev
 
 
 def bound_collectives(groups: Iterable[dist.ProcessGroup], timeout_seconds: float) -> None:
-    """Let the groups that a host uses fail, not hang, when a peer is gone."""
+    """Let the groups that a host uses fail, not hang, when a peer is gone.
+
+    NCCL counts from when a collective is issued, in the first window too, and ends the process: only when the host,
+    which has a limit of its own and can say what it waits for, must have done so.
+    """
     for group in groups:
-        set_timeout(group, timeout_seconds)
+        by_device = "nccl" in dist.get_backend_config(group)
+        set_timeout(group, timeout_seconds * (2 * FIRST_WINDOW if by_device else 1))
 
 
 @dataclass(frozen=True)

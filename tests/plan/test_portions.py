@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from amdp_plugin.plan import planner as planner_module
 from amdp_plugin.plan import schedules
 from amdp_plugin.plan.costs import CostModel
+from amdp_plugin.plan.list_scheduler import ListScheduler, Window
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.report import report
 from amdp_plugin.plan.schedule import Schedule
@@ -61,6 +62,25 @@ def test_in_a_window_of_portions_every_rank_does_as_much_of_everything(case):
             assert kinds.count("F") == kinds.count("B") == schedule.backwards_per_window(rank, stage)
             assert kinds.count("U") == 1
             assert kinds.count("R") == (len(schedule.placement.holders[stage]) > 1)
+
+
+class Stuck(ListScheduler):
+    """Finds nothing to start in portions."""
+
+    def run_window(self) -> Window:
+        if min(self.closed) == self.free_windows:
+            raise self._deadlock()
+        return super().run_window()
+
+
+def test_an_order_that_gets_stuck_in_portions_goes_on_as_it_would(monkeypatch: pytest.MonkeyPatch):
+    schedule = schedules.make("amdp", 6, 12, preload=1)
+    free = Planner(schedule)
+    monkeypatch.setattr(planner_module, "ListScheduler", Stuck)
+    planner = hurried(schedule, free.costs)
+    first, after = planner.steady_windows()
+    assert (planner.period, first) == (None, after // 2)
+    assert planner.program(after + 3).rows == free.program(after + 3).rows
 
 
 DEEP: list[tuple[int, int, dict[str, Any]]] = [(10, 20, {}), (16, 32, {"directions": 2})]

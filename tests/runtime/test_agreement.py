@@ -18,7 +18,9 @@ from amdp_plugin.plan.list_scheduler import ListScheduler, Window
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.schedule import Schedule
 from amdp_plugin.plan.schedules import make
-from amdp_plugin.runtime.agreement import _said, plan_together
+from amdp_plugin.runtime import agreement
+from amdp_plugin.runtime.agreement import _said, bound_collectives, plan_together
+from amdp_plugin.runtime.watch import FIRST_WINDOW
 from tests.processes import run_ranks
 
 Make = Callable[[int], Schedule]
@@ -124,12 +126,32 @@ def test_what_a_schedule_says_of_itself_is_the_same_on_all_ranks_or_refused(make
         assert "let nothing in a schedule of your own depend on the rank or on chance" in message
 
 
+UNEVEN = CostModel((1.0, 1.37, 0.731, 1.19), (2.0, 2.311, 1.73, 2.97), (0.01,) * 4, 0.173)
+
+
+def in_portions(rank: int) -> tuple[int | None, list[Window]]:
+    """The period, and the first windows, where too few are looked at for one to repeat by itself."""
+    planner_module.ACTIONS_TO_EXAMINE = 1
+    planner = together(preload_by_trial(rank), UNEVEN)
+    return planner.period, [planner.window(index) for index in range(8)]
+
+
+def test_a_window_that_is_made_to_repeat_is_told_to_all() -> None:
+    first, *others = run_ranks(4, in_portions)
+    assert first[0] == 1 and others == [first] * 3
+
+
+def flushing(schedule: Schedule) -> Schedule:
+    """After more windows than are looked at."""
+    cheaper = tuple(map(flushing, schedule.alternatives))
+    return replace(schedule, flush_every=64, max_gap=(63,) * schedule.num_stages, alternatives=cheaper)
+
+
 def without_a_period(rank: int, make_schedule: Make) -> str:
     """As :func:`attempt`, where too few windows are looked at for a repetition to be seen."""
     planner_module.ACTIONS_TO_EXAMINE = 1
-    uneven = CostModel((1.0, 1.37, 0.731, 1.19), (2.0, 2.311, 1.73, 2.97), (0.01,) * 4, 0.173)
     try:
-        planner = together(make_schedule(rank), uneven)
+        planner = together(flushing(make_schedule(rank)), UNEVEN)
     except ValueError as error:
         return str(error)
     assert planner.period is None
@@ -154,3 +176,15 @@ def test_what_fails_on_the_rank_that_plans_is_told_to_all() -> None:
 
 def test_what_fails_where_nobody_plans_does_no_harm() -> None:
     assert run_ranks(4, attempt, failing_on_another_rank) == ["agreed"] * 4
+
+
+@pytest.mark.parametrize(("backends", "longest"), [("cpu:gloo,cuda:gloo", 7.0), ("cpu:gloo,cuda:nccl", None)])
+def test_nccl_gives_up_only_when_the_host_must_have_told(
+    backends: str, longest: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the process, and has no longer limit of its own in the first window."""
+    bounds: list[float] = []
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(agreement, "set_timeout", lambda group, seconds: bounds.append(seconds))
+    bound_collectives([None], 7.0)  # type: ignore[list-item]
+    assert bounds == [longest] if longest else bounds[0] > 7.0 * FIRST_WINDOW
