@@ -163,8 +163,8 @@ PARTS = (
         "megatron-late", "so are decisions, error feedback, other weights and tied weights", 240,
         (
             *named(
-                f"{MEGATRON}/test_oracle.py", "test_clipping[paci-latest-nothing-]",
-                "test_clipping[paci-relayed-nothing-]", "test_relayed_decisions[3-3]",
+                f"{MEGATRON}/test_oracle.py", "test_clipping[paci-latest-nothing]",
+                "test_clipping[paci-relayed-nothing]", "test_relayed_decisions[3-3]",
                 "test_relayed_decisions_with_masters_and_parts[distributed optimizer-bf16]", "test_error_feedback[3-2]",
                 "test_error_feedback_with_masters_and_parts[amdp-4-1--bf16]",
             ),
@@ -191,9 +191,9 @@ PARTS = (
             *named(
                 f"{MEGATRON}/test_loss_scale.py", "test_all_stages_skip_and_rescale_together[amdp, four stages]",
                 "test_all_stages_skip_and_rescale_together[amdp, distributed optimizer]",
-                "test_all_stages_skip_and_rescale_without_a_meeting[2-2--]",
-                "test_all_stages_skip_and_rescale_without_a_meeting[3-4--tied]",
-                "test_all_stages_skip_and_rescale_without_a_meeting[3-4-distributed optimizer-]",
+                "test_all_stages_skip_and_rescale_without_a_meeting[2-2]",
+                "test_all_stages_skip_and_rescale_without_a_meeting[3-4, tied]",
+                "test_all_stages_skip_and_rescale_without_a_meeting[3-4, distributed]",
             ),
         ), gpus=4,
     ),

@@ -185,7 +185,7 @@ RELAYED_FP16 = {key: {**value, **DISTRIBUTED.get(key, {})} for key, value in FP1
         (4, 4, FP16, False),
         (4, 4, RELAYED_FP16, True),
     ],
-    ids=lambda value: value if isinstance(value, int) else "distributed optimizer" if value is RELAYED_FP16 else "",
+    ids=["2-2", "2-2, distributed, tied", "3-4, tied", "3-4, distributed", "4-4", "4-4, distributed, tied"],
 )
 def test_all_stages_skip_and_rescale_without_a_meeting(
     stages: int, size: int, more: dict[str, Any], tied: bool

@@ -73,13 +73,15 @@ def test_a_job_learns_and_its_checkpoint_goes_on_as_it_did(
 ) -> None:
     (tmp_path / FEEDBACK).write_text('{"compensation": "error_feedback"}')
     options = [str(tmp_path / option) if option == FEEDBACK else option for option in options]
-    through, printed = train(tmp_path, text, *options, "--save-every", "2")
+    through, printed = train(tmp_path, text, *options, *(["--save-every", "2"] if options else []))
     assert announced in printed and ("deadlock-free" in printed) == bool(announced)
     assert [told[:2] for told in through] == [*((step, "loss") for step in range(1, 5)), (4, "validation loss")]
     losses = [loss for _, what, loss in through if what == "loss"]
     assert abs(losses[0] - numpy.log(256)) < 0.2
     assert losses[-1] < losses[0] - 0.5 and through[-1][2] < losses[0] - 0.5
 
+    if not options:
+        return  # a checkpoint of stock has nothing that one of ours has not
     (tmp_path / "checkpoints" / "latest").write_text("step_0000002\n")
     assert train(tmp_path, text, *options, "--resume")[0] == through[2:]
 

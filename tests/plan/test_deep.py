@@ -16,9 +16,7 @@ from amdp_plugin.plan.schedule import Schedule
 from amdp_plugin.plan.schedules import make
 from amdp_plugin.plan.verify import verify
 
-DEEP: list[tuple[str, dict[str, Any]]] = [
-    ("chimera", {}), ("amdp", {}), ("amdp", {"directions": 2}), ("amdp", {"directions": 4, "preload": 2})
-]
+DEEP: list[tuple[str, dict[str, Any]]] = [("chimera", {}), ("amdp", {"preload": 1}), ("amdp", {"directions": 2})]
 
 
 @pytest.fixture
