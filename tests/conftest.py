@@ -19,3 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     devices.choose(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First those that wait longest, so that no process waits for them at the end."""
+    items.sort(key=lambda item: "test_check_gpu" not in item.nodeid)
