@@ -3,8 +3,7 @@
 #
 #   bash scripts/test.sh [arguments for pytest]
 #
-# AMDP_TEST_WORKERS  pytest processes (default 3, since on two cores one of three usually waits; 0 runs the tests in
-#                    one process, as debuggers need)
+# AMDP_TEST_WORKERS  pytest processes (default 2; 0 runs the tests in one process, as debuggers need)
 
 set -euo pipefail
 
@@ -31,7 +30,7 @@ part() {
 
 part lint ruff check .
 part types mypy amdp_plugin
-part tests pytest -n "${AMDP_TEST_WORKERS:-3}" "$@"
+part tests pytest -n "${AMDP_TEST_WORKERS:-2}" "$@"
 
 for line in "${times[@]}"; do amdp_say "$line"; done
 [[ ${#failed[@]} -eq 0 ]] || amdp_fail "failed: ${failed[*]}"
