@@ -294,16 +294,16 @@ class ScheduledPipelineEngine(PipelineEngine):
         with torch.no_grad(), aside[0], aside[1], watch.guard("averaging the losses", None):
             loss = super()._aggregate_total_loss()
         reported = [self.dp_group_loss, loss, *(self.agg_additional_losses or {}).values()]
-        brought = together(reported, losses)
 
         def report(values: torch.Tensor) -> None:
             warn_of_broken(numbers, values[len(reported) :], self.num_stages - 1)
             self._reported[window, direction] = values = values[: len(reported)].clone()
             for rank in range(self.num_stages):
-                if rank != self.stage_id and self.pipeline.channels is not None:
+                if rank != self.stage_id:
+                    assert self.pipeline.channels is not None
                     self.pipeline.channels.send_report(rank, values, direction)
 
-        watch.bring(brought, "reporting the losses", report)
+        watch.bring(together(reported, losses), "reporting the losses", report)
 
     # How
 

@@ -15,7 +15,7 @@ from ..plan.handover import read, written
 from ..plan.planner import Planner
 from ..plan.schedule import Schedule
 from .torch_private import set_timeout
-from .watch import FIRST_WINDOW
+from .transport import WATCHDOG
 
 MEBIBYTE = 2**20
 NO_TEXT = ("priorities", "alternatives", "smaller")
@@ -116,7 +116,7 @@ def bound_collectives(groups: Iterable[dist.ProcessGroup], timeout_seconds: floa
     """
     for group in groups:
         by_device = "nccl" in dist.get_backend_config(group)
-        set_timeout(group, timeout_seconds * (2 * FIRST_WINDOW if by_device else 1))
+        set_timeout(group, timeout_seconds * (WATCHDOG if by_device else 1))
 
 
 @dataclass(frozen=True)
