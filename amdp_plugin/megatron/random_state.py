@@ -9,10 +9,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from ..runtime.random_regions import put_region_states, region_states, seed_regions
 from ..runtime.random_streams import Generators
-
-REGION_STRIDE = 1_000_003
-"""Between the seeds of two of the tracker's regions: more than there are tensor-parallel ranks."""
 
 
 def random_state() -> dict[str, Any]:
@@ -20,7 +18,7 @@ def random_state() -> dict[str, Any]:
     return {
         "cpu": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": get_cuda_rng_tracker().get_states(),
+        "tracker": region_states(get_cuda_rng_tracker()),
         "python": random.getstate(),
     }
 
@@ -30,7 +28,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["device"] is not None:
         torch.cuda.set_rng_state(state["device"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    put_region_states(get_cuda_rng_tracker(), state["tracker"])
     random.setstate(state["python"])
 
 
@@ -42,12 +40,7 @@ def seed_all(seed: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.manual_seed(seed)
-    tracker, own = get_cuda_rng_tracker(), parallel_state.get_tensor_model_parallel_rank()
-    regions = {
-        name: torch.Generator(device).manual_seed(seed + REGION_STRIDE * number + own).get_state()
-        for number, name in enumerate(sorted(tracker.get_states()), start=1)
-    }
-    tracker.set_states(regions)
+    seed_regions(get_cuda_rng_tracker(), seed, parallel_state.get_tensor_model_parallel_rank(), device)
 
 
 GENERATORS = Generators(random_state, set_random_state, seed_all)

@@ -349,7 +349,7 @@ class Pipeline:
             multiprocessors = torch.cuda.get_device_properties(site.device).multi_processor_count
             channels = channels_of_a_message(multiprocessors, most_links(self.schedule))
         chosen = links(self.schedule, *streams)
-        self._transports.append(Transport(site.ranks, chosen, site.device, site.timeout_seconds, channels))
+        self._transports.append(Transport(site.ranks, chosen, site.device, self.watch, channels))
         return self._transports[-1]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..plan.messages import STREAMS, Link, Stream
 from .groups import MAX_CHANNELS, Group
-from .watch import InStream, Waitable
+from .watch import InStream, Waitable, Watch
 
 SIGNATURE_TAG, HEADER_TAG, REPORT_TAG, SUM_TAG = range(len(Stream) + 1, len(Stream) + 5)
 WATCHDOG = 10
@@ -61,7 +61,7 @@ class Transport:
         ranks: global rank of each pipeline rank.
         links: what tensors go over, between pipeline ranks.
         device: where tensors live.
-        timeout_seconds: bound on every operation of the groups.
+        watch: whose limit bounds every operation of the groups, and what is waited for here.
         max_channels: multiprocessors that a message may take.
     """
 
@@ -70,11 +70,11 @@ class Transport:
         ranks: Sequence[int],
         links: Iterable[Link],
         device: torch.device,
-        timeout_seconds: float,
+        watch: Watch,
         max_channels: int = MAX_CHANNELS,
     ) -> None:
         self.ranks, self.device, self.direct = list(ranks), device, False
-        timeout = timedelta(seconds=timeout_seconds)
+        self._watch, timeout = watch, watch.timeout
         self._control = Group(self.ranks, "gloo", timeout)
         self._groups: dict[Link, Group] = {}
         self.rank = me = self.ranks.index(dist.get_rank())
@@ -99,10 +99,7 @@ class Transport:
         link = Link(self.rank, receiver, STREAMS[kind])
         data, group = wire(tensor), self._group(link, self.direct)
         if group is self._control and data.is_cuda:
-            pinned = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
-            pinned.copy_(data, non_blocking=True)
-            torch.cuda.current_stream(self.device).synchronize()
-            data = pinned
+            data = self._watch.fetch(data, f"computing what is sent to rank {receiver}")
         return self._waitable(group, group.send(data, self.ranks[receiver], link.stream)), data
 
     def receive(self, target: Tensor, sender: int, kind: str, direct: bool) -> Incoming:

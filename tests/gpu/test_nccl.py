@@ -22,10 +22,10 @@ LATE_SECONDS = 1.0
 
 def make(rank: int, timeout_seconds: float) -> tuple[Transport, Watch]:
     device = devices.device()
-    transport = Transport(range(2), [Link(0, 1, Stream.PIPELINE)], device, timeout_seconds)
-    transport.direct = True
     watch = Watch(rank, timeout_seconds, Timeline(device=device_of(device)))
     watch.in_first_window = False
+    transport = Transport(range(2), [Link(0, 1, Stream.PIPELINE)], device, watch)
+    transport.direct = True
     return transport, watch
 
 

@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from amdp_plugin.plan.action import FORWARD
 from amdp_plugin.runtime.channels import BufferPool
+from amdp_plugin.runtime.device import device_of
+from amdp_plugin.runtime.timeline import Timeline
+from amdp_plugin.runtime.transport import Transport
+from amdp_plugin.runtime.watch import PipelineStallError, Watch
 from tests import devices
 from tests.processes import run_ranks
 from tests.runtime.pipelines import Case, assert_equals_oracle, make_executor, make_oracle, placed, result
@@ -68,3 +73,31 @@ def test_late_ranks_equal_the_oracle(name: str) -> None:
     oracle = make_oracle(case)
     oracle.train(placed(case.dtype), 5)
     assert_equals_oracle(found, oracle)
+
+
+TEN_SECONDS = 20_000_000_000
+"""Cycles, about."""
+
+
+def send_while_the_device_is_held(rank: int) -> tuple[str, float]:
+    device = devices.device()
+    watch = Watch(rank, 1, Timeline(device=device_of(device)))
+    watch.in_first_window = False
+    transport = Transport(range(2), (), device, watch)
+    value = torch.ones(4, device=device)
+    if rank == 1:
+        return "", 0
+    torch.cuda._sleep(TEN_SECONDS)
+    began = time.monotonic()
+    try:
+        transport.send(value, 1, FORWARD)
+    except PipelineStallError as error:
+        return str(error), time.monotonic() - began
+    return "no error", time.monotonic() - began
+
+
+@pytest.mark.skipif(not devices.on_gpu(), reason="needs a device that can be late: --device cuda or nccl")
+def test_a_message_that_cannot_be_computed_is_an_error() -> None:
+    (message, seconds), _ = run_ranks(2, send_while_the_device_is_held)
+    assert "computing what is sent to rank 1 did not complete within 1 s" in message
+    assert seconds < 5

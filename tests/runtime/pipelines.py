@@ -101,7 +101,7 @@ def make_channels(
 ) -> tuple[Channels, Watch]:
     watch = Watch(rank, timeout_seconds)
     neighbours = links(make("1f1b", stages, 1), Stream.PIPELINE)
-    transport = Transport(range(stages), neighbours, devices.device(), timeout_seconds)
+    transport = Transport(range(stages), neighbours, devices.device(), watch)
     return Channels(transport, watch, keep_sent=keep_sent or stages + 1, **chosen), watch
 
 
@@ -115,14 +115,14 @@ def make_executor(
     generators: Generators | None = None,
 ) -> tuple[Executor, PlainWorker]:
     """Rank ``rank`` of ``case``; ``feed`` are its micro-batches, endless by default."""
+    watch = Watch(rank, timeout_seconds)
 
     def transport(chosen: set[Link]) -> Transport:
-        return Transport(range(case.stages), chosen, devices.device(), timeout_seconds)
+        return Transport(range(case.stages), chosen, devices.device(), watch)
 
     make_transport = make_transport or transport
     planner, first = case.planners()
     schedule, placement = planner.schedule, planner.schedule.placement
-    watch = Watch(rank, timeout_seconds)
     neighbours = make_transport(links(schedule, Stream.PIPELINE))
     channels = Channels(neighbours, watch, keep_sent(schedule), case.dynamic_shapes)
     built = case.build()

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from amdp_plugin.plan.messages import STREAMS, Link, Stream
 from amdp_plugin.runtime.executor import Executor
 from amdp_plugin.runtime.transport import Incoming, Transport
-from amdp_plugin.runtime.watch import Waitable
+from amdp_plugin.runtime.watch import Waitable, Watch
 
 BEGUN_TAG = 60
 """Of a stream, plus its number: a message's receive has begun."""
@@ -138,7 +139,7 @@ class RendezvousTransport(Transport):
     def __init__(
         self, rendezvous: Rendezvous, ranks: Iterable[int], links: Iterable[Link], timeout_seconds: float
     ) -> None:
-        super().__init__(list(ranks), (), torch.device("cpu"), timeout_seconds)
+        super().__init__(list(ranks), (), torch.device("cpu"), Watch(dist.get_rank(), timeout_seconds))
         self._rendezvous, self._links = rendezvous, set(links)
         self._told: list[Any] = []
 

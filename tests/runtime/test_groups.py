@@ -17,6 +17,7 @@ from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.groups import Group, channels_of_a_message, interface
 from amdp_plugin.runtime.pipeline import most_links
 from amdp_plugin.runtime.transport import Transport
+from amdp_plugin.runtime.watch import Watch
 
 from ..processes import run_ranks
 from .pipelines import Case, make_executor
@@ -31,7 +32,7 @@ def _traced(rank: int) -> set[str]:
 
 
 def _after_destroy(rank: int) -> float:
-    transport = Transport(range(2), (), torch.device("cpu"), 20)
+    transport = Transport(range(2), (), torch.device("cpu"), Watch(rank, 20))
     dist.barrier()
     dist.destroy_process_group()
     try:
