@@ -63,7 +63,7 @@ def amdp(
     used = directions or most
     if not 1 <= used <= most or num_stages % used:
         allowed = ", ".join(str(count) for count in range(1, most + 1) if num_stages % count == 0)
-        raise ValueError(f"amdp: {num_stages} stages can run in {allowed} directions, got {directions}")
+        raise ValueError(f"amdp: the directions of {num_stages} stages may be {allowed}, got {directions}")
     if preload is not None and preload < 0:
         raise ValueError(f"amdp: preload cannot be negative, got {preload}")
     smaller = partial(_smaller, num_stages, micro_batches, used, preload, parked)
