@@ -1,12 +1,12 @@
 """The weights and gradients of a stage that lives on several ranks: at home, and as a guest elsewhere.
 
-Gradients travel to the home and weights come back as one message each (:mod:`.packing`): a flat tensor for every dtype,
-in the order of the module's parameters, which is the same on all ranks.
+Gradients travel to the home and weights come back as one message each (:mod:`.packing`), in the order of the module's
+parameters, which is the same on all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..plan.placement import Placement
 from .packing import Spec, allocate, parts
 
-Parameters = list[nn.Parameter]
 GradientOf = Callable[[nn.Parameter], Tensor]
 
 
@@ -37,9 +36,9 @@ class Home:
     def __init__(
         self, module: nn.Module, sum_dtype: torch.dtype | None = None, gradient_of: GradientOf = gradient_of
     ) -> None:
-        self._groups, self._gradient_of = _groups(module), gradient_of
+        self._parameters, self._gradient_of = _trainable(module), gradient_of
         self._device = _device(module)
-        self._weights, self._gradients = _specs(self._groups), _specs(self._groups, sum_dtype)
+        self._weights, self._gradients = _specs(self._parameters), _specs(self._parameters, sum_dtype)
         self.send_buffer = allocate(self._weights, self._device)
 
     def gradient_buffer(self) -> Tensor:
@@ -49,25 +48,22 @@ class Home:
     @torch.no_grad()
     def add(self, gradients: Tensor) -> None:
         """Add the gradients of a guest to those of this rank."""
-        for group, flat in zip(self._groups, parts(gradients, self._gradients), strict=True):
-            for parameter, part in _parts(group, flat):
-                own = self._gradient_of(parameter)
-                own.add_(part.view(own.shape))
+        for parameter, part in zip(self._parameters, parts(gradients, self._gradients), strict=True):
+            own = self._gradient_of(parameter)
+            own.add_(part.view(own.shape))
 
     @torch.no_grad()
     def weights(self) -> Tensor:
         """The present weights, in :attr:`send_buffer`, which the next call overwrites."""
-        for group, flat in zip(self._groups, parts(self.send_buffer, self._weights), strict=True):
-            for parameter, part in _parts(group, flat):
-                part.copy_(parameter.view(-1))
+        for parameter, part in zip(self._parameters, parts(self.send_buffer, self._weights), strict=True):
+            part.copy_(parameter)
         return self.send_buffer
 
     @torch.no_grad()
     def clear(self) -> None:
         """Set the sums of gradients to zero."""
-        for group in self._groups:
-            for parameter in group:
-                self._gradient_of(parameter).zero_()
+        for parameter in self._parameters:
+            self._gradient_of(parameter).zero_()
 
 
 class Guest:
@@ -78,26 +74,24 @@ class Guest:
         sum_dtype: dtype of the sums of gradients; by default that of the parameters.
 
     Attributes:
-        weights: those of all parameters.
-        gradients: the sums of gradients, in the same order.
+        weights: those of all parameters, packed.
+        gradients: the sums of gradients, likewise.
         landing: where new weights are received, if that is not straight in :attr:`weights`.
     """
 
     def __init__(self, module: nn.Module, sum_dtype: torch.dtype | None = None) -> None:
-        groups = _groups(module)
-        device, specs, sum_specs = _device(module), _specs(groups), _specs(groups, sum_dtype)
+        parameters, device = _trainable(module), _device(module)
+        specs, sum_specs = _specs(parameters), _specs(parameters, sum_dtype)
         self.weights, self.gradients = allocate(specs, device), allocate(sum_specs, device).zero_()
         self.landing: Tensor | None = None
         self._sums: list[tuple[nn.Parameter, Tensor]] = []
-        flats = parts(self.weights, specs), parts(self.gradients, sum_specs)
-        for group, weights, gradients in zip(groups, *flats, strict=True):
-            for (parameter, weight), (_, total) in zip(_parts(group, weights), _parts(group, gradients), strict=True):
-                weight.copy_(parameter.detach().view(-1))
-                parameter.data = weight.view(parameter.shape)
-                total = total.view(parameter.shape)
-                self._sums.append((parameter, total))
-                if total.dtype == parameter.dtype:
-                    parameter.grad = total  # autograd then accumulates into it, in place
+        packed = parts(self.weights, specs), parts(self.gradients, sum_specs)
+        for parameter, weight, total in zip(parameters, *packed, strict=True):
+            weight.copy_(parameter.detach())
+            parameter.data = weight
+            self._sums.append((parameter, total))
+            if total.dtype == parameter.dtype:
+                parameter.grad = total  # autograd then accumulates into it, in place
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -154,13 +148,8 @@ def make_replicas(
     }
 
 
-def _groups(module: nn.Module) -> list[Parameters]:
-    """The trainable parameters of ``module``, those of one dtype together."""
-    groups: dict[torch.dtype, Parameters] = {}
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            groups.setdefault(parameter.dtype, []).append(parameter)
-    return list(groups.values())
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -169,11 +158,6 @@ def _device(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), here)
 
 
-def _specs(groups: list[Parameters], dtype: torch.dtype | None = None) -> list[Spec]:
-    """Of flat tensors for each of ``groups``, by default of its own dtype."""
-    return [((sum(parameter.numel() for parameter in group),), dtype or group[0].dtype) for group in groups]
-
-
-def _parts(group: Parameters, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Every parameter with its part of ``flat``."""
-    return zip(group, flat.split([parameter.numel() for parameter in group]), strict=True)
+def _specs(parameters: list[nn.Parameter], dtype: torch.dtype | None = None) -> list[Spec]:
+    """Of tensors like ``parameters``, by default each of its own dtype."""
+    return [(tuple(parameter.shape), dtype or parameter.dtype) for parameter in parameters]

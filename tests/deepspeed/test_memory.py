@@ -26,6 +26,7 @@ from amdp_plugin.deepspeed.record import Recorder
 from amdp_plugin.plan.action import BACKWARD, FORWARD, Action
 from amdp_plugin.plan.planner import Planner
 from amdp_plugin.plan.report import report
+from amdp_plugin.runtime.packing import allocate
 from amdp_plugin.runtime.timeline import RUN
 from tests.processes import run_ranks
 from tests.runtime.models import Plain
@@ -57,6 +58,12 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     ),
 }
 """For every job: bytes of weights, gradients and optimizer state on every rank."""
+
+
+def packed(dtype: torch.dtype) -> int:
+    """Bytes of a stage's weights, or of their gradients, in ``dtype``, as a guest has them and as they travel."""
+    shapes = [tuple(parameter.shape) for _ in range(LAYERS) for parameter in Plain().parameters()]
+    return allocate([(shape, dtype) for shape in shapes], torch.device("cpu")).nbytes
 
 
 def job_of(changes: dict[str, Any], schedule: Any) -> Job:
@@ -148,8 +155,8 @@ def test_error_feedback_of_ranks_with_guests() -> None:
     records = [record for _, record in run_ranks(job.world, recorded, job)]
     planned = report(Planner(Run("amdp", records).schedule()), 1)
     assert planned.weight_copies_by_rank == (3,) * 4
-    sums = WHOLE * NUMBERS
-    expected = Memory(3 * weights, gradients + sums, optimizer_state, exchange=sums + weights)
+    guest = packed(torch.float32)
+    expected = Memory(2 * weights + guest, gradients + guest, optimizer_state, exchange=2 * guest)
     assert {kept(record) for record in records} == {expected}
 
 
@@ -180,8 +187,8 @@ def test_ranks_with_guests(precision: str) -> None:
     changes, (weights, gradients, optimizer_state) = CASES[precision]
     job = job_of({**changes, "stages": 4, "size": 4}, "amdp")
     results = run_ranks(job.world, recorded, job)
-    sums = WHOLE * NUMBERS
-    expected = Memory(2 * weights, gradients + sums, optimizer_state, exchange=sums + weights)
+    guest, sums = packed(job.dtype), packed(torch.float32)
+    expected = Memory(weights + guest, gradients + sums, optimizer_state, exchange=sums + guest)
     assert {kept(record) for _, record in results} == {expected}
     assert_same([result for result, _ in results], run(job))
 
