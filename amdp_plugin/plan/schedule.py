@@ -66,7 +66,8 @@ class Schedule:
             latest, which a backward extrapolates back to its forward's. ``"predicted"``: the latest, which both
             extrapolate ahead; ``"predicted_by_window"``: the same, once for all forwards of a window. See
             :mod:`.extrapolation`.
-        weight_versions: for every stage, how many versions of its weights are kept in use at once, at most.
+        weight_versions: for every stage, how many versions of its weights there are at once, at most: the latest, and
+            those that backwards of what is in flight use.
         correction_decay: of corrected weights: what an average of updates still holds of one when the stage has had as
             many more as its largest gap; between 0 and 1.
         rescale_steps: updates after which the learning rate of a stage is whole, which before is divided by a power of

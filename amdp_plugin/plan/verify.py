@@ -185,7 +185,7 @@ def _check_bounds(program: Program) -> None:
 
 
 def _check_versions(program: Program) -> None:
-    """Law 5, of weights: no more versions are in use at once than the schedule states."""
+    """Law 5, of weights: there are no more versions at once than the schedule states."""
     schedule, size = program.schedule, program.schedule.micro_batches
     if not schedule.keeps_versions:
         return
@@ -198,12 +198,13 @@ def _check_versions(program: Program) -> None:
                 updates[stage] += 1
             elif kind == FORWARD:
                 flying[stage][index] = schedule.forward_version(index // size, updates[stage], entered[index])
-                used, stated = sorted(set(flying[stage].values())), schedule.weight_versions[stage]
-                if len(used) > stated:
-                    what = f"versions {used} of its weights are in use, at most {stated} are stated"
-                    raise breach(program, rank, position, BOUNDS, what)
-                if used[-1] > updates[stage]:
-                    what = f"it uses version {used[-1]} of its weights, which have had {updates[stage]} updates"
-                    raise breach(program, rank, position, BOUNDS, what)
             elif kind == BACKWARD:
                 flying[stage].pop(index, None)
+            used = sorted({*flying[stage].values(), updates[stage]})
+            if len(used) > schedule.weight_versions[stage]:
+                stated = schedule.weight_versions[stage]
+                what = f"versions {used} of its weights are in use, at most {stated} are stated"
+                raise breach(program, rank, position, BOUNDS, what)
+            if used[-1] > updates[stage]:
+                what = f"it uses version {used[-1]} of its weights, which have had {updates[stage]} updates"
+                raise breach(program, rank, position, BOUNDS, what)

@@ -67,3 +67,13 @@ def test_more_versions_than_stated_are_a_breach(name: str, size: int, stated: tu
     liar = replace(make(name, 4, size), weight_versions=stated)
     with pytest.raises(ProgramError, match=said):
         verify(Planner(liar).program(6))
+
+
+def test_what_is_forwarded_before_a_meeting_keeps_its_version_after_it() -> None:
+    """On the last stage, too, whose forward is followed by its backward where nobody meets."""
+    schedule = make("pipedream", 4, 4, decisions="meeting")
+    assert schedule.weight_versions == (2, 2, 2, 2) and schedule.max_gap == (0, 0, 0, 0)
+    verify(Planner(schedule).program(6))
+    liar = replace(schedule, weight_versions=make("pipedream", 4, 4).weight_versions)
+    with pytest.raises(ProgramError, match=r"versions \[0, 1\] of its weights are in use, at most 1 are stated"):
+        verify(Planner(liar).program(6))

@@ -169,23 +169,23 @@ def make(
     return _with_tied(made, tuple(map(tuple, tied))) if tied else made
 
 
-def _gaps_of_meetings(schedule: Schedule) -> tuple[int, ...]:
+def _bounds_of_meetings(schedule: Schedule) -> dict[str, tuple[int, ...]]:
     """An update waits for the meeting, so that a micro-batch forwarded meanwhile misses it, too."""
     per_direction = max(1, schedule.micro_batches // schedule.placement.directions)
     most = schedule.flush_every - 1 if schedule.flush_every else sys.maxsize
-    return tuple(
-        max(gap, min(most, -(-admitted // per_direction)))
-        for gap, admitted in zip(schedule.max_gap, schedule.in_flight, strict=True)
-    )
+    missed = [min(most, -(-admitted // per_direction)) for admitted in schedule.in_flight]
+    if schedule.weights == "stashed":
+        return {"weight_versions": tuple(map(max, schedule.weight_versions, (1 + late for late in missed)))}
+    return {} if schedule.keeps_versions else {"max_gap": tuple(map(max, schedule.max_gap, missed))}
 
 
 def _told(schedule: Schedule, told: Mapping[str, Any]) -> Schedule:
     """``schedule``, its alternatives and its smaller likes with what all schedules can be told."""
     alternatives = tuple(_told(each, told) for each in schedule.alternatives)
-    gaps = _gaps_of_meetings(schedule) if told.get("decisions") == "meeting" else schedule.max_gap
+    bounds = _bounds_of_meetings(schedule) if told.get("decisions") == "meeting" else {}
     smaller = schedule.smaller and partial(_smaller, schedule.smaller, told)
     options = {**schedule.options, **told}
-    return replace(schedule, **told, max_gap=gaps, alternatives=alternatives, smaller=smaller, options=options)
+    return replace(schedule, **told, **bounds, alternatives=alternatives, smaller=smaller, options=options)
 
 
 def _with_tied(schedule: Schedule, tied: Tied) -> Schedule:
