@@ -169,7 +169,7 @@ def make(
     return _with_tied(made, tuple(map(tuple, tied))) if tied else made
 
 
-def _bounds_of_meetings(schedule: Schedule) -> dict[str, tuple[int, ...]]:
+def _bounds_of_meetings(schedule: Schedule) -> dict[str, Any]:
     """An update waits for the meeting, so that a micro-batch forwarded meanwhile misses it, too."""
     per_direction = max(1, schedule.micro_batches // schedule.placement.directions)
     most = schedule.flush_every - 1 if schedule.flush_every else sys.maxsize
