@@ -151,10 +151,10 @@ class Schedule:
         check_compensation(self)
         if self.decisions not in DECISIONS:
             raise ValueError(f"{self.name}: decisions are {', '.join(DECISIONS)}; got {self.decisions!r}")
+        self.sharing.check(self.name, self.weights, self.together)
         if self.relays or not self.update_delay:
             object.__setattr__(self, "update_delay", delays_of(self))
         check_delays(self)
-        self.sharing.check(self.name, self.weights, self.together)
         self._try_priorities()
 
     def _try_priorities(self) -> None:

@@ -225,6 +225,7 @@ def test_a_tied_weight_is_forwarded() -> None:
     ("options", "message"),
     [
         ({"tied": ((3, 0),)}, "ascending"),
+        ({"tied": ((4, 5),)}, "two or more of the 4 stages"),
         ({"tied": ((0,),)}, "two or more"),
         ({"tied": ((0, 4),)}, "of the 4 stages"),
         ({"tied": ((0, 3),), "weights": "stashed", "weight_versions": (2, 2, 2, 2)}, "the latest"),
