@@ -3,6 +3,9 @@
 A send is done only when it is received, and occupies its device until then. What goes over one link goes through one
 stream of the device, in the order of issue. Streams share hardware queues: nothing in a queue starts before all that
 was issued to it earlier has started. A host may wait for its whole device after any action, for reasons of its own.
+
+Multiprocessors do not run out: a link has one message under way at most, and the runtime lets those of all links of a
+rank take half of its device's, or refuses the job.
 """
 
 from __future__ import annotations
