@@ -17,7 +17,6 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from ..plan.action import Action
 from ..plan.schedule import Schedule
 from ..runtime.agreement import Held, bound_collectives, clipping_line, memory_table
-from ..runtime.decisions import Decisions
 from ..runtime.executor import Executor
 from ..runtime.pipeline import Pipeline, Site
 from ..runtime.replica import Guest
@@ -268,22 +267,18 @@ class ScheduledPipelineEngine(PipelineEngine):
 
     def tell(self, update: Action) -> None:
         """The gradient of a window is whole and reduced: tell the other stages what they decide by."""
-        if self._decisions is not None:
-            self._decisions.tell(update, stage_squares(self, self._norm_grid))
+        if self.pipeline.decisions is not None:
+            self.pipeline.decisions.tell(update, stage_squares(self, self._norm_grid))
 
     @contextmanager
     def deciding(self, update: Action) -> Iterator[None]:
         """Let this update go by the norm, and the overflow, that the schedule's decisions say."""
-        if self._decisions is None:
+        decisions = self.pipeline.decisions
+        if decisions is None:
             yield
             return
-        with self._decisions.update(update) as answers, decided_by(answers, self.optimizer, self._norm_grid):
+        with decisions.update(update) as answers, decided_by(answers, self.optimizer, self._norm_grid):
             yield
-
-    @property
-    def _decisions(self) -> Decisions | None:
-        """Where there is something to decide."""
-        return self.pipeline.decisions if self.gradient_clipping() > 0 or self.fp16_enabled() else None
 
     def report_losses(self, window: int, direction: int) -> None:
         """On the last stage of ``direction``: average its losses as DeepSpeed does, and have them sent to all ranks."""
@@ -348,7 +343,8 @@ class ScheduledPipelineEngine(PipelineEngine):
         stages (its logger keeps silent below warnings)."""
         schedule = self.pipeline.schedule
         worker = EngineWorker(self, schedule, self._num_buffers(schedule))
-        self.pipeline.start(worker, self.global_steps, [self.module, *self.guests.values()])
+        decides = self.gradient_clipping() > 0 or self.fp16_enabled()
+        self.pipeline.start(worker, self.global_steps, [self.module, *self.guests.values()], decides)
         lines = [clipping_line(self.gradient_clipping(), schedule)]
         if self.pipeline.holds_more:
             parked = self.pipeline.most_parked

@@ -262,7 +262,7 @@ class ScheduledForwardBackward:
             self.pipeline, chunks, self._rank, self._steps, lambda: self._call, self._reports.collect,
             self._tensor_ranks,
         )  # fmt: skip
-        self.pipeline.start(worker, window, chunks.values())
+        self.pipeline.start(worker, window, chunks.values(), self._steps.decides)
         lines = [clipping_line(self._clipping, schedule), *self.notices]
         if self.pipeline.holds_more:
             parked = self.pipeline.most_parked

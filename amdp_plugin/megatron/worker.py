@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..plan.action import Action
 from ..runtime.channels import Tensors
-from ..runtime.decisions import Decisions
 from ..runtime.pipeline import Pipeline
 from ..runtime.stage import input_leaf
 from ..runtime.weights import live_update
@@ -150,7 +149,7 @@ class ChunksWorker(StagesWorker):
             self._steps.parking.forget(action.index)
 
     def close(self, update: Action) -> None:
-        decisions = self._decisions
+        decisions = self._pipeline.decisions
         tell = None if decisions is None else partial(decisions.tell, update)
         self._steps.close(self._reduction(), tell)
 
@@ -176,13 +175,8 @@ class ChunksWorker(StagesWorker):
 
     def _deciding(self, update: Action) -> AbstractContextManager[Any]:
         """This update goes by the norm, and the overflow, that the schedule's decisions say."""
-        decisions = self._decisions
+        decisions = self._pipeline.decisions
         return nullcontext() if decisions is None else self._steps.decided_by(decisions.update(update))
-
-    @property
-    def _decisions(self) -> Decisions | None:
-        """Where there is something to decide."""
-        return self._pipeline.decisions if self._steps.decides else None
 
     def _synchronization(self, action: Action) -> Any:
         """Reductions over data-parallel replicas may begin within a window's last backward, where the job overlaps

@@ -165,11 +165,13 @@ class Pipeline:
             self.exchange = Exchange(self.schedule, replicas, transport, self.watch)
         self.copy_home()
 
-    def start(self, worker: StagesWorker, window: int, modules: Iterable[nn.Module]) -> None:
+    def start(self, worker: StagesWorker, window: int, modules: Iterable[nn.Module], decides: bool) -> None:
         """Prove the program, and wire it up to ``worker``, to begin with ``window``.
 
         Args:
             modules: the stages on this rank, which are checked when the window begins: they may be compiled until then.
+            decides: whether the job has something to decide at an update. Else stages tell each other nothing, so that
+                there is nothing to wait for either.
         """
         self._unchecked, self._worker = tuple(modules), worker
         schedule = self.schedule
@@ -189,7 +191,7 @@ class Pipeline:
                 transport, self.watch, keep_sent(schedule), site.dynamic_shapes, site.shapes_hint
             )
         self.decisions, ago = None, self.planned.windows_ago
-        if ago is not None and self.channels is not None:
+        if decides and ago is not None and self.channels is not None:
             opening = windows_ago(self._opening) if self._opening is not None else None
             self.decisions = Decisions(schedule, ago, opening, self.site.rank, self.channels, self.watch)
         self.executor = Executor(

@@ -253,8 +253,10 @@ def test_clipping_by_relayed_decisions(stages: int, size: int) -> None:
     check(job, measure=squares, decide=clip)
 
 
-def test_relayed_decisions_about_nothing() -> None:
-    check(Job({"name": "paci", **RELAYED}, 3, 2, "recomputed", optimizer="adamw"))
+@pytest.mark.parametrize("decisions", ["latest", "relayed"])
+def test_decisions_about_nothing(decisions: str) -> None:
+    """Nobody tells anything, so that nobody waits for it at the end."""
+    check(Job({"name": "paci", "decisions": decisions}, 3, 2, "recomputed", optimizer="adamw"))
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -70,8 +70,8 @@ def make_pipeline(rank: int, case: Case, rendezvous: Rendezvous) -> tuple[Pipeli
     replicated = {**modules, **worker.tied_modules}
     held = {unit: replicated[unit] for unit in worker.replicas}
     pipeline.hold(worker.replicas, held, worker.feedback[rank], states)
-    pipeline.start(worker, 0, modules.values())
-    worker.decisions = pipeline.decisions if case.clipping else None
+    pipeline.start(worker, 0, modules.values(), case.clipping > 0)
+    worker.decisions = pipeline.decisions
     torch.manual_seed(100 + rank)
     return pipeline, worker, states
 
