@@ -141,9 +141,6 @@ class Executor:
         """All actions of the window that :meth:`open_window` began are done."""
         self._watch.hand_over()
         self.window += 1
-        if self._running is self._opening and self.window == self.schedule.flush_first:
-            self._catch_up()
-            self._begin_program()
         self._watch.in_first_window = False
         for messages in (self._channels, self._exchange):
             if messages is not None:
@@ -151,6 +148,8 @@ class Executor:
         self._snapshots = {key: state for key, state in self._snapshots.items() if key[0] >= self.window}
         self._exists = {key: exists for key, exists in self._exists.items() if key[0] >= self.window}
         self._read = {key: has for key, has in self._read.items() if key[0] >= self.window}
+        if self._running is self._opening and self.window == self.schedule.flush_first:
+            self.quiesce()  # a rank may have forwarded of its own stage while it waited for the weights of a guest
 
     def quiesce(self, updates: bool = True) -> None:
         """Make the updates that are still to come of windows that have closed, and cancel what is in flight.

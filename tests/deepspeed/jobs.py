@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import amdp_plugin
 import amdp_plugin.deepspeed.entry
 from amdp_plugin.deepspeed.random_state import GENERATORS
-from amdp_plugin.plan.schedules import make
 from amdp_plugin.runtime.serial import SerialPipeline
+from amdp_plugin.settings import read_schedule
 from tests import devices
 from tests.processes import run_ranks
 from tests.runtime.models import KINDS, OPTIMIZERS, ROWS, Plain, Recomputed, data, loss
@@ -226,11 +226,12 @@ def make_oracle(
     """The oracle of ``job``, from its first weights."""
     layers = [layer.to(devices.device()) for layer in build_layers(job)]
     parts = [layers[start : start + job.layers_per_stage] for start in range(0, len(layers), job.layers_per_stage)]
-    section = job.schedule if isinstance(job.schedule, dict) else {"name": job.schedule}
-    schedule = make(**section, num_stages=job.stages, micro_batches=job.size)
+    settings = read_schedule(job.schedule, "the oracle")
+    schedule, costs = settings.make(job.stages, job.size), settings.costs(job.stages)
     seeds = [100 + stage for stage in range(job.stages)]
     chosen = make_optimizer or OPTIMIZERS[str(job.optimizer)]
-    return SerialPipeline([nn.Sequential(*part) for part in parts], chosen, loss, schedule, seeds=seeds, **options)
+    stages = [nn.Sequential(*part) for part in parts]
+    return SerialPipeline(stages, chosen, loss, schedule, costs=costs, seeds=seeds, **options)
 
 
 def assert_same_weights(left: dict[str, Tensor], right: dict[str, Tensor], where: str) -> None:

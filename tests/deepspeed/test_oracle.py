@@ -318,13 +318,6 @@ def test_amdp_with_zero_1() -> None:
 FEEDBACK = {"compensation": "error_feedback"}
 
 
-@pytest.mark.parametrize(
-    ("name", "stages", "size"), [("paci", 2, 2), ("paci", 4, 2), ("amdp", 4, 4), ("pipedream-2bw", 3, 3)]
-)
-def test_flushes_at_first(name: str, stages: int, size: int) -> None:
-    check(Job({"name": name, **FEEDBACK, "flush_first": 3}, stages, size, "counting", optimizer="adamw"))
-
-
 @pytest.mark.parametrize(("stages", "size"), [(2, 1), (2, 4), (3, 2), (4, 2), (4, 6)])
 def test_error_feedback(stages: int, size: int) -> None:
     optimizer = {2: "sgd", 3: "adamw", 4: "fused"}[stages]
