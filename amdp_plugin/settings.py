@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -146,6 +146,11 @@ class ScheduleSettings(CommonOptions):
             made = make()
         tied = needs.units(made)
         return make() if tied else made
+
+    def kept(self, schedule: Schedule) -> ScheduleSettings:
+        """For windows of other sizes in the same job, which decide as ``schedule`` does: whether a host reduces norms
+        and overflow over a stage or over all, and what stages share, it was told once."""
+        return self if schedule.flush else replace(self, decisions=schedule.decisions)  # type: ignore[arg-type]
 
 
 def read_schedule(section: Any, where: str) -> ScheduleSettings:

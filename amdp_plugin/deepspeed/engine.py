@@ -81,6 +81,7 @@ class ScheduledPipelineEngine(PipelineEngine):
         self._loading: Any = None
         costs = settings.costs(self.num_stages)
         self.pipeline = Pipeline(self._make_schedule(self.micro_batches), costs, self._site(), self._pull, GENERATORS)
+        self.settings = settings.kept(self.pipeline.schedule)
         bound_collectives(groups_of(self.grid), settings.timeout_seconds)
         self.guests, replicas, held = build_replicas(self, self.pipeline.schedule)
         self.pipeline.hold(replicas, held, error_feedback(self, settings), EngineStates(self))

@@ -228,6 +228,7 @@ class ScheduledForwardBackward:
 
     def _make(self, micro_batches: int) -> None:
         self.schedule = self._check(self._make_schedule(micro_batches))
+        self.settings = self.settings.kept(self.schedule)
         costs, everywhere = self.settings.costs(self._num_stages), lambda micro_batch: True
         self.pipeline = Pipeline(self.schedule, costs, self._site(), self._pull, GENERATORS, everywhere)
         bound_collectives(_groups(self._group), self.settings.timeout_seconds)

@@ -213,6 +213,26 @@ def test_all_stages_skip_a_step_without_a_meeting(stages: int, size: int) -> Non
         assert all(torch.isfinite(value).all() for value in result["weights"][stage].values())
 
 
+def resize_fp16(rank: int, job: Job, size: int) -> str:
+    """How windows of ``size`` decide after those of ``job``, or why there are none."""
+    get_accelerator().is_fp16_supported = lambda: True
+    engine = make_engine(rank, job)
+    try:
+        engine.set_train_batch_size(engine.train_batch_size() // job.size * size)
+    except ValueError as error:
+        return str(error)
+    return engine.pipeline.schedule.decisions
+
+
+def test_windows_of_another_size_decide_as_those_before() -> None:
+    """DeepSpeed's optimizer reduces overflow over a stage or over all, as it was told at the start."""
+    short, long = (Job("paci", 3, size, config=FP16, dtype=torch.float16) for size in (1, 4))
+    assert run_ranks(3, resize_fp16, short, 4) == ["meeting"] * 3
+    assert run_ranks(3, resize_fp16, long, 5) == ["relayed"] * 3
+    for message in run_ranks(3, resize_fp16, long, 1):
+        assert "windows of at least 3 micro-batches" in message and '"decisions": "relayed" or "meeting"' not in message
+
+
 def train_with_a_broken_window(rank: int, job: Job, stage: int, window: int) -> dict[str, Any]:
     """A gradient of one parameter of ``stage`` is infinite in one micro-batch of ``window``."""
     engine, calls = make_engine(rank, job), 0
