@@ -26,6 +26,8 @@ class EngineStates:
         if not hasattr(parameter, "_hp_mapping"):
             return KeptState(_tensors(kept[parameter], parameter.shape) if parameter in kept else {})
         names = {name for flat, state in kept.items() for name in _tensors(state, flat.shape)}
+        if names:
+            self._find_parts()
         whole: Any = parameter
         states = {name: whole.get_full_hp_param(name) for name in sorted(names)}
         return KeptState({MASTER: whole.get_full_hp_param(), **states})
@@ -38,6 +40,13 @@ class EngineStates:
                 torch_optimizer(self._engine).state[parameter][name].copy_(value)
             elif whole._hp_mapping is not None:  # else the parts are on other replicas
                 whole.set_full_hp_param(value, None if name == MASTER else name)
+
+    def _find_parts(self) -> None:
+        """DeepSpeed finds the parts of a parameter's state once, after its first step, and loses them when it loads a
+        checkpoint."""
+        optimizer = self._engine.optimizer
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _tensors(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Tensor]:

@@ -146,8 +146,11 @@ def save_and_go_on(rank: int, job: Job, folder: str) -> dict[str, Any]:
 
 
 def resume(rank: int, job: Job, folder: str) -> dict[str, Any]:
+    """With an engine that has trained before, and that saves what it has loaded."""
     engine = make_tied_engine(rank, job)
+    engine.train_batch(stream(engine, job, 77))
     engine.load_checkpoint(folder, tag="third")
+    engine.save_checkpoint(folder, tag="again")
     shown = engine.module.state_dict()
     batches = stream(engine, job, 3 * job.size)
     result = finish(engine, [float(engine.train_batch(batches)) for _ in range(job.windows - 3)])
