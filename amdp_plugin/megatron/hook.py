@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -33,6 +33,14 @@ stock_forward_backward_func = schedules.get_forward_backward_func
 """Megatron's own choice of a schedule, whatever stands in its place later."""
 
 SHAPES_HINT = "give every micro-batch one shape, or set variable_seq_lengths (--variable-seq-lengths)"
+
+
+class Resumed(NamedTuple):
+    """What was loaded beside model and optimizer, until the pipeline takes it: see :meth:`.Pipeline.restart`."""
+
+    random_states: list[Any] | None = None
+    ahead: list[Tensor] | None = None
+    means: list[Tensor] | None = None
 
 
 class ScheduledForwardBackward:
@@ -103,8 +111,7 @@ class ScheduledForwardBackward:
         self._num_stages, self._rank = self._group.size(), self._group.rank()
         self._clipping, self._fp16 = float(optimizer.config.clip_grad), bool(self._config.fp16)
         self._tied = self._num_stages > 1 and is_tied(self._chunk)
-        self._iteration, self._resumed_states = iteration, random_states
-        self._resumed_ahead, self._resumed_means = ahead, means
+        self._iteration, self._resumed = iteration, Resumed(random_states, ahead, means)
         if num_microbatches is not None:
             with refusing():
                 self.schedule = self._check(self._make_schedule(num_microbatches))
@@ -127,17 +134,19 @@ class ScheduledForwardBackward:
 
     def random_states(self) -> list[Any]:
         """What each of this rank's streams of random numbers would draw next, for a checkpoint."""
-        return self.pipeline.random_streams.states() if self._started else [GENERATORS.get()]
+        if self._started:
+            return self.pipeline.random_streams.states()
+        return self._resumed.random_states or [GENERATORS.get()]
 
     def ahead(self) -> list[Tensor] | None:
         """What this rank's stage computes with under error feedback, for a checkpoint, whose weights are the plain
         iterate; ``None`` without. Data-parallel replicas have the same."""
-        return self.pipeline.feedback.ahead() if self._started else self._resumed_ahead
+        return self.pipeline.feedback.ahead() if self._started else self._resumed.ahead
 
     def means(self) -> list[Tensor] | None:
         """Running means of the updates of what this rank steps, for a checkpoint; ``None`` under schedules that keep
         none. Data-parallel replicas may have other parts."""
-        return self.pipeline.extrapolation.means() if self._started else self._resumed_means
+        return self.pipeline.extrapolation.means() if self._started else self._resumed.means
 
     def restart(
         self, iteration: int, random_states: list[Any] | None = None, ahead: list[Tensor] | None = None,
@@ -145,11 +154,10 @@ class ScheduledForwardBackward:
     ) -> None:  # fmt: skip
         """Weights and optimizer were loaded from the checkpoint of ``iteration``: give an iterator that begins where
         that stands."""
-        self._iteration, self._resumed_states = iteration, random_states
-        self._resumed_ahead, self._resumed_means = ahead, means
+        self._iteration, self._resumed = iteration, Resumed(random_states, ahead, means)
         if self._started:
             self.executor.quiesce(updates=False)
-            self.pipeline.restart(iteration, random_states, ahead, means)
+            self._go_on()
 
     @property
     def executor(self) -> Executor:
@@ -244,7 +252,12 @@ class ScheduledForwardBackward:
             self._taken.callback(setattr, self._config, "barrier_with_L1_time", self._config.barrier_with_L1_time)
             self._config.barrier_with_L1_time = False
         self._start(self._iteration)
-        self.pipeline.restart(self._iteration, self._resumed_states, self._resumed_ahead, self._resumed_means)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """From what was loaded."""
+        self.pipeline.restart(self._iteration, *self._resumed)
+        self._resumed = Resumed()
 
     def _resize(self, micro_batches: int) -> None:
         before, window = self.pipeline.schedule.micro_batches, self.executor.window

@@ -19,7 +19,7 @@ from .oracle import assert_equals_oracle, oracle
 from .test_oracle import FEEDBACK, assert_ahead
 from .test_other_weights import PIPEMARE
 from .test_stock import FULL
-from .training import Trainer, assert_same, assert_same_weights, copies
+from .training import Beside, Trainer, assert_same, assert_same_weights, copies, same_state
 
 HALF = 3
 AHEAD_PACI, AHEAD_AMDP = {"name": "paci", **FEEDBACK}, {"name": "amdp", **FEEDBACK}
@@ -98,6 +98,26 @@ def check_resumed(job: Job, kind: str, directory: Path) -> None:
         for result in (*written, *read):
             result["norms"] = result["norms"][job.pipeline - 1 :]
     assert_same(read, written)
+
+
+def load_and_save(rank: int, job: Job, directory: Path) -> tuple[Beside, Beside]:
+    """What a checkpoint holds beside model and optimizer, and what one would that is written as soon as that is loaded.
+    """
+    trainer = Trainer(rank, job)
+    trainer.train(HALF)
+    save(trainer, directory, "torch")
+    written, fresh = trainer.beside(), Trainer(rank, job)
+    load(fresh, directory, "torch")
+    return written, fresh.beside()
+
+
+@pytest.mark.parametrize("case", ["error feedback, amdp", "pipemare"])
+def test_what_was_loaded_can_be_saved_at_once(case: str, tmp_path: Path) -> None:
+    """Random states of all directions, and what a schedule computes with."""
+    for written, again in run_ranks(JOBS[case].world, load_and_save, JOBS[case], tmp_path):
+        assert all(map(same_state, written[0], again[0])) and len(written[0]) == len(again[0])
+        for left, right in zip(written[1:], again[1:], strict=True):
+            assert_same_weights(left or [], right or [], "beside")
 
 
 @pytest.mark.parametrize("case", ["paci", "amdp"])
