@@ -1,8 +1,9 @@
 """What a program becomes on devices that receive as NCCL does, and the proof that they never wait for each other.
 
-A send is done only when it is received, and occupies its device until then. What goes over one link goes through one
-stream of the device, in the order of issue. Streams share hardware queues: nothing in a queue starts before all that
-was issued to it earlier has started. A host may wait for its whole device after any action, for reasons of its own.
+A send is done only when it is received, and occupies its device until then; so does an update for which stages meet,
+until all have entered it. What goes over one link goes through one stream of the device, in the order of issue. Streams
+share hardware queues: nothing in a queue starts before all that was issued to it earlier has started. A host may wait
+for its whole device after any action, for reasons of its own.
 
 Multiprocessors do not run out: a link has one message under way at most, and the runtime lets those of all links of a
 rank take half of its device's, or refuses the job.
@@ -139,7 +140,7 @@ def check(of_ranks: Sequence[Sequence[Step]], device: Device) -> None:
         DeviceDeadlock: when there is none.
     """
     queues = [queue for of_rank in of_ranks for queue in _queues(of_rank, device)]
-    other = _other_sides(operation for of_rank in of_ranks for step in of_rank for operation in step)
+    parts = _parts(operation for of_rank in of_ranks for step in of_rank for operation in step)
     started: set[Operation] = set()
     over: set[Operation] = set()
     waiting: defaultdict[Operation, list[_Queue]] = defaultdict(list)
@@ -154,13 +155,13 @@ def check(of_ranks: Sequence[Sequence[Step]], device: Device) -> None:
                 break
             queue.waits.popleft()
             started.add(operation)
-            both = (operation, other[operation]) if operation in other else (operation,)
-            if started.issuperset(both):
-                over.update(both)
-                for side in both:
-                    runnable.extend(waiting.pop(side, ()))
+            together = parts.get(operation, (operation,))
+            if started.issuperset(together):
+                over.update(together)
+                for part in together:
+                    runnable.extend(waiting.pop(part, ()))
     if any(queue.waits for queue in queues):
-        raise DeviceDeadlock(_circle(queues, other, started, over))
+        raise DeviceDeadlock(_circle(queues, parts, started, over))
 
 
 class _Queue:
@@ -196,20 +197,22 @@ def _queues(of_rank: Sequence[Step], device: Device) -> list[_Queue]:
     return queues
 
 
-def _other_sides(operations: Iterable[Operation]) -> dict[Operation, Operation]:
-    """Of every side of a message, the other one."""
-    first: dict[Message, Operation] = {}
-    found = {}
+def _parts(operations: Iterable[Operation]) -> dict[Operation, list[Operation]]:
+    """Of what is over when it has started everywhere, all parts: both sides of a message, a meeting's updates."""
+    of_one: defaultdict[Message | int, list[Operation]] = defaultdict(list)
     for operation in operations:
         if isinstance(operation.what, Message):
-            side = first.setdefault(operation.what, operation)
-            if side is not operation:
-                found[side], found[operation] = operation, side
-    return found
+            of_one[operation.what].append(operation)
+        elif operation.meets:
+            of_one[operation.what.index].append(operation)
+    return {operation: parts for parts in of_one.values() for operation in parts}
 
 
 def _circle(
-    queues: Iterable[_Queue], other: Mapping[Operation, Operation], started: Container[Operation], over: set[Operation]
+    queues: Iterable[_Queue],
+    parts: Mapping[Operation, Iterable[Operation]],
+    started: Container[Operation],
+    over: set[Operation],
 ) -> list[str]:
     """Who waits for whom, round to the first."""
     queue_of = {operation: queue for queue in queues for operation, *_ in queue.waits}
@@ -221,7 +224,7 @@ def _circle(
         who = f"the host of rank {operation.rank}, which waits for its device," if missing in host else operation
         seen.pop(queue, None)
         seen[queue] = f"{who} waits for: {missing}"
-        queue = queue_of[other[missing] if missing in started else missing]
+        queue = queue_of[next(part for part in parts.get(missing, (missing,)) if part not in started)]
     told = list(seen.items())
     first = [each for each, _ in told].index(queue)
     return [text for _, text in told[first:]]

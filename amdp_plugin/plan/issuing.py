@@ -19,11 +19,13 @@ class Operation:
 
     Args:
         after: those of the same rank that its stream waits for.
+        meets: whether it is an update that all homes make in one meeting.
     """
 
     rank: int
     what: Message | Action
     after: tuple[Operation, ...] = ()
+    meets: bool = False
 
     def __str__(self) -> str:
         if isinstance(self.what, Action):
@@ -125,6 +127,7 @@ class _Host:
         return self._issue(message, self.computed)
 
     def _issue(self, what: Message | Action, after: tuple[Operation, ...]) -> Operation:
-        operation = Operation(self.rank, what, after)
+        meets = isinstance(what, Action) and bool(self.schedule.meeting(self.rank, what))
+        operation = Operation(self.rank, what, after, meets)
         self.issued.append(operation)
         return operation

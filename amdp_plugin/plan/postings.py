@@ -43,13 +43,16 @@ def postings(
     found: list[defaultdict[Action | None, list[Message]]] = [defaultdict(list) for _ in window]
     begun: list[int] = [0 for _ in window]
     """Of every rank, how many of its actions have begun."""
+    position = [{action: count for count, action in enumerate(row, start=1)} for row in window]
     used_until = [{} if landing else _used_until(schedule, row) for row in window]
     for rank, action in _in_turn(schedule, window, costs):
+        for other, entered in schedule.meeting(rank, action):  # all have, though all start at one instant
+            begun[other] = max(begun[other], position[other].get(entered, 0))
         for message in messages(schedule, rank, action):
             receiver = message.receiver
             row, count = window[receiver], max(begun[receiver], used_until[receiver].get(message.action, 0))
             found[receiver][row[count - 1] if count else None].append(message)
-        begun[rank] += 1
+        begun[rank] = max(begun[rank], position[rank][action])
     return tuple({after: tuple(received) for after, received in of_rank.items()} for of_rank in found)
 
 

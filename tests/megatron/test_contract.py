@@ -208,6 +208,12 @@ def test_every_micro_batch_has_its_own_length(name: str) -> None:
         assert_same(found, run(job.stock))
 
 
+def test_a_rank_meets_the_others_before_it_waits_for_a_length() -> None:
+    """That of a micro-batch which its sender forwards after the meeting, for a norm that is below the limit here."""
+    job = Job({"name": "chimera", "link_cost": 0.2}, 2, 2, lengths=(8, 5, 7), clip=1e3, model=VARIABLE)
+    assert_equals_oracle(run(job), oracle(job))
+
+
 # What comes out
 
 

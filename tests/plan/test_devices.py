@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amdp_plugin.plan.action import REDUCE, UPDATE
+from amdp_plugin.plan.action import REDUCE, UPDATE, Action
 from amdp_plugin.plan.devices import Device, DeviceDeadlock, Provision, check, gradient_buffers, provide
 from amdp_plugin.plan.issuing import steps
 from amdp_plugin.plan.laws import ProgramError
@@ -84,6 +84,21 @@ def test_programs_run_on_devices_interrupted_anywhere(
     assert 1 <= buffers <= max(1, most)
     for device in DEVICES:
         run(planner, planned(planner, landing), device, buffers)
+
+
+@pytest.mark.parametrize(("name", "stages"), [("chimera", 2), ("chimera", 4), ("amdp", 4)])
+def test_what_a_meeting_lets_go_on_is_received_after_it(name: str, stages: int) -> None:
+    """Its sender waits for the receiver to enter, whose host may wait for its device before."""
+    schedule = make(name, stages, stages, **({"decisions": "meeting"} if name == "amdp" else {}))
+    planner = Planner(schedule)
+    for rank, row in enumerate(planner.window(0)):
+        met = row.index(Action(rank, UPDATE, 0))
+        for after, received in planner.postings(0, rank, True).items():
+            for message in received:
+                next_window = message.action.window(schedule.micro_batches) > 0
+                if message.action.kind == UPDATE or (schedule.flush and next_window):
+                    assert after is not None and row.index(after) >= met, f"rank {rank} receives for {message.action}"
+    run(planner, planned(planner, landing=True), INTERRUPTED)
 
 
 def test_weights_land_where_guests_still_use_those_before() -> None:
