@@ -33,9 +33,14 @@ class OptimizerSteps:
     Args:
         optimizer: a ``MegatronOptimizer``.
         chunk: the home chunk, under Megatron's DDP.
+
+    Raises:
+        ValueError: where another schedule has taken the optimizer, of which the steps would be nothing but results.
     """
 
     def __init__(self, optimizer: Any, chunk: Any) -> None:
+        if isinstance(getattr(optimizer.step, "__self__", None), OptimizerSteps):
+            raise ValueError("a schedule steps this optimizer already: detach() it before another is attached")
         self._optimizer, self._chunk = optimizer, chunk
         self._step, self._zero_grad, self._zero_buffer = optimizer.step, optimizer.zero_grad, chunk.zero_grad_buffer
         self._results: deque[StepResult] = deque()
@@ -43,7 +48,7 @@ class OptimizerSteps:
         buffers = [buffer.grad_data for buffer in gradient_buffers(chunk)]
         self.parking = Parking(BufferSums(buffers), self._loss_scale)
         """The gradients of windows that wait for their update."""
-        optimizer.step = lambda: self._results.popleft() if self._results else NO_UPDATE
+        optimizer.step = self._hand_out
         optimizer.zero_grad = lambda set_to_none=True: None
         chunk.zero_grad_buffer = lambda: None
         self._zero()
@@ -56,6 +61,10 @@ class OptimizerSteps:
             (self._chunk, "zero_grad_buffer"),
         ):
             owner.__dict__.pop(name, None)
+
+    def _hand_out(self) -> StepResult:
+        """The next result."""
+        return self._results.popleft() if self._results else NO_UPDATE
 
     @property
     def decides(self) -> bool:

@@ -68,7 +68,9 @@ def attempt_all_options(rank: int, job: Job) -> dict[str, str]:
         setattr(places[place], name, used(name))
         messages[f"{place} {name}"] = attempt(trainer, COMPENSATED if name in WITH_FEEDBACK else "paci")
         if name in WITH_FEEDBACK:
-            forward_backward_func("paci").attach([trainer.chunk], trainer.optimizer, None, num_microbatches=4)
+            hook = forward_backward_func("paci")
+            hook.attach([trainer.chunk], trainer.optimizer, None, num_microbatches=4)
+            hook.detach()
         setattr(places[place], name, before)
     trainer.attach("paci")
     trainer.train(1)
@@ -113,6 +115,7 @@ def attempt_the_rest(rank: int, job: Job) -> dict[str, str]:
     trainer.function = hook
     messages["not attached"] = call(trainer)
     trainer.attach("paci")
+    messages["attached twice"] = attempt(trainer, "amdp")
     messages["other model"] = call(trainer, model=other.chunk)
     messages["iterators"] = call(trainer, data_iterator=[trainer.data, trainer.data])
     messages["shapes"] = call(trainer, adjust_tensor_shapes_fn=lambda *shapes: shapes)
@@ -143,6 +146,7 @@ MESSAGES = {
     "compensation of nothing": ["1f1b: compensation 'error_feedback' means nothing", "(staleness 0)"],
     "loss scale": ["--fp16", "all stages must decide together", "--bf16"],
     "not attached": ["attach(model, optimizer) comes before the first call"],
+    "attached twice": ["a schedule steps this optimizer already", "detach()"],
     "other model": ["another model than the one that attach() was given"],
     "iterators": ["each rank has one data iterator, got 2"],
     "shapes": ["adjust_tensor_shapes_fn cannot be used"],
