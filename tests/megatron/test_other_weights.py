@@ -15,6 +15,8 @@ from .test_oracle import check
     [
         ("pipedream", 2, 1), ("pipedream", 4, 2), ("pipedream-2bw", 2, 2), ("pipedream-2bw", 4, 4),
         ("pipedream-2bw", 3, 2), ({"name": "pipedream", "vertical_sync": True}, 4, 1),
+        ({"name": "pipedream", "decisions": "meeting"}, 3, 4),
+        ({"name": "pipedream", "vertical_sync": True, "decisions": "meeting"}, 3, 3),
         ({"name": "pipedream", "vertical_sync": True}, 3, 2),
     ],
 )  # fmt: skip

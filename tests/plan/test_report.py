@@ -1,6 +1,7 @@
 """The figures, against the formulas of the papers."""
 
 import json
+from dataclasses import replace
 from math import ceil
 
 import pytest
@@ -138,6 +139,15 @@ def test_json_holds_every_figure(case):
 
 def test_weight_copies_count_the_stages_that_a_rank_holds():
     assert report(Planner(made(BIDIRECTIONAL, 4)), 2).weight_copies_by_rank == (2, 2, 2, 2)
+
+
+def test_what_is_in_flight_counts_the_windows_that_end_with_a_flush():
+    schedule = schedules.make("amdp", 4, 8, decisions="meeting", flush_first=1)
+    opening = report(Planner(schedule.opening()), windows=1)
+    found = report(Planner(schedule), windows=1)
+    later = report(Planner(replace(schedule, flush_first=0)), windows=1)
+    assert opening.peak_in_flight_by_rank > later.peak_in_flight_by_rank
+    assert found.peak_in_flight_by_rank == opening.peak_in_flight_by_rank
 
 
 def test_versions_in_use_cost_a_copy_each_beside_what_is_stepped():

@@ -170,13 +170,18 @@ def make(
 
 
 def _bounds_of_meetings(schedule: Schedule) -> dict[str, Any]:
-    """An update waits for the meeting, so that a micro-batch forwarded meanwhile misses it, too."""
+    """An update waits for the meeting, so that a micro-batch forwarded meanwhile misses it, too: its gap grows, or its
+    weights are kept for longer. Where they are those before the update of the window before, it waits for them."""
     per_direction = max(1, schedule.micro_batches // schedule.placement.directions)
     most = schedule.flush_every - 1 if schedule.flush_every else sys.maxsize
     missed = [min(most, -(-admitted // per_direction)) for admitted in schedule.in_flight]
-    if schedule.weights == "stashed":
-        return {"weight_versions": tuple(map(max, schedule.weight_versions, (1 + late for late in missed)))}
-    return {} if schedule.keeps_versions else {"max_gap": tuple(map(max, schedule.max_gap, missed))}
+    if not schedule.keeps_versions:
+        return {"max_gap": tuple(map(max, schedule.max_gap, missed))}
+    if schedule.weights == "previous":
+        return {}
+    if schedule.weights == "synchronized":  # by those of stage 0, which admits most
+        missed = [missed[0]] * schedule.num_stages
+    return {"weight_versions": tuple(1 + late for late in missed)}
 
 
 def _told(schedule: Schedule, told: Mapping[str, Any]) -> Schedule:
