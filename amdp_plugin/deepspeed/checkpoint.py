@@ -21,10 +21,8 @@ def save_beside(kind: str, value: Any, directory: Path, global_rank: int) -> Non
     torch.save(value, _file(kind, directory, global_rank))
 
 
-def load_beside(kind: str, directory: Path | None, global_rank: int) -> list[Any] | None:
+def load_beside(kind: str, directory: Path, global_rank: int) -> list[Any] | None:
     """What a rank wrote into the ``directory`` of a checkpoint, or ``None`` where it has none."""
-    if directory is None:
-        return None
     path = _file(kind, directory, global_rank)
     if path.is_file():
         values: list[Any] = torch.load(path, weights_only=False, map_location="cpu")

@@ -154,10 +154,12 @@ class ScheduledPipelineEngine(PipelineEngine):
 
     def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """DeepSpeed's ``load_checkpoint``. Data that was read ahead is dropped: give an iterator that begins where
-        the checkpoint stands."""
+        the checkpoint stands. Where there is none, what this engine holds stays as it is."""
         self.executor.quiesce()
         path, state = super().load_checkpoint(load_dir, *args, **kwargs)
-        directory = None if path is None else Path(path).parent
+        if path is None:
+            return path, state
+        directory = Path(path).parent
         states = load_beside(RANDOM_STATE, directory, self.global_rank)
         ahead = load_beside(AHEAD, directory, self._first_replica())
         means = load_beside(MEANS, directory, self.global_rank)

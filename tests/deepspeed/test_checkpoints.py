@@ -105,6 +105,25 @@ def test_saving_is_a_flush_to_the_oracle(tmp_path: Path) -> None:
     assert_equals_oracle(found, pipeline, losses)
 
 
+def look_and_go_on(rank: int, job: Job, directory: Path | None) -> dict[str, Any]:
+    """Train, look for a checkpoint where there is none, or only come to rest; train on."""
+    engine = make_engine(rank, job)
+    batches = stream(engine, job)
+    train(engine, batches, HALF)
+    if directory is None:
+        engine.executor.quiesce()
+    else:
+        assert engine.load_checkpoint(str(directory)) == (None, None)
+    return finish(engine, train(engine, batches, HALF))
+
+
+def test_a_checkpoint_that_is_not_there_changes_nothing(tmp_path: Path) -> None:
+    """Neither data that was read ahead nor, under error feedback, what the optimizer goes on from is lost."""
+    job = Job(AHEAD_PACI, 3, 2)
+    found, expected = (run_ranks(job.world, look_and_go_on, job, directory) for directory in (tmp_path, None))
+    assert_same(found, expected)
+
+
 def change_hands(rank: int, first: Job, second: Job, directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train and save under ``first``; load into a fresh engine of ``second``; what both hold."""
     before = make_engine(rank, first)
