@@ -18,6 +18,7 @@ from .test_oracle import MASTERS, check
         ("pipedream", 2, 1, "plain"), ("pipedream", 4, 1, "masked"), ("pipedream", 3, 2, "recomputed"),
         ({"name": "pipedream", "vertical_sync": True}, 4, 1, "plain"),
         ({"name": "pipedream", "vertical_sync": True}, 3, 2, "masked"),
+        ({"name": "pipedream", "decisions": "meeting"}, 3, 2, "plain"),
         ("pipedream-2bw", 2, 2, "plain"), ("pipedream-2bw", 4, 4, "masked"), ("pipedream-2bw", 3, 2, "recomputed"),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from math import isfinite
 from typing import Any
@@ -19,7 +20,7 @@ from tests.processes import run_ranks
 from .jobs import DISTRIBUTED, DROPOUT, Job
 from .oracle import assert_equals_oracle, nothing, oracle_loss, run_oracle
 from .test_stock import HALF
-from .training import Trainer, copies
+from .training import Trainer, assert_same, copies
 
 WINDOWS = 12
 FIRST_SCALE, HYSTERESIS, GROWTH_INTERVAL = 2.0**20, 2, 3
@@ -203,6 +204,31 @@ def test_all_stages_skip_and_rescale_without_a_meeting(
     for result in found:
         late = 1 if result["stage"] else 0
         assert result["scales"] == [*scales[1 - late : WINDOWS + 1 - late], scales[WINDOWS]]
+
+
+def train_with_other_windows(rank: int, job: Job, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """With an attempt in between at windows that are too short to relay anything."""
+    trainer = Trainer(rank, job)
+    for size in sizes:
+        if size < job.pipeline <= job.micro_batches:
+            with pytest.raises(ValueError, match=f"windows of at least {job.pipeline} micro-batches"):
+                trainer.train(1, num_microbatches=size)
+        else:
+            trainer.train(2, num_microbatches=size)
+    return {**trainer.result(), "decisions": trainer.hook.pipeline.schedule.decisions}
+
+
+def test_windows_of_another_size_decide_as_those_before() -> None:
+    """Those that grow past the number of stages, too; where they cannot, the job goes on as if nobody had asked."""
+    job = Job("paci", 2, 2, **FP16)
+    found, expected = (run_ranks(2, train_with_other_windows, job, sizes) for sizes in ((2, 1, 2), (2, 2)))
+    assert_same(found, expected)
+    assert [result["decisions"] for result in found] == ["relayed"] * 2
+    short = replace(job, micro_batches=1)
+    told = replace(short, schedule={"name": "paci", "decisions": "meeting"})
+    found, expected = (run_ranks(2, train_with_other_windows, each, (1, 4)) for each in (short, told))
+    assert_same(found, expected)
+    assert [result["decisions"] for result in found] == ["meeting"] * 2
 
 
 @pytest.mark.parametrize("schedule", ["paci", {"name": "paci", "decisions": "meeting"}])
