@@ -70,7 +70,8 @@ class SerialPipeline:
             number that stages add up.
         tied: for every weight that stages share, the stages that the schedule names for it, each with its parameter. It
             is stepped with the first of them, and part of no other stage's optimizer.
-        decide: then called with a stage's master parameters, gradients set, and the sum, before each step.
+        decide: then called with a stage's master parameters, gradients set, and the sum, before each step. An update
+            that is left without gradients, by it or by ``before_step``, is skipped.
         loss_scale: with a master dtype, what the loss is multiplied with before its backward, and its gradients divided
             by as they are summed up; takes the updates that the last stage has had at the forward.
         generators: what layers draw random numbers from; by default torch's own, where ``stages`` are.
@@ -296,10 +297,12 @@ class SerialPipeline:
             if self._ago is not None:
                 self._decide(self._masters[stage], self._known(stage, window))
             before = [tensor.clone() for tensor in self.plain(stage)] if self._coefficient else None
+            steps = any(master.grad is not None for master in self._masters[stage])
             with self._extrapolation.stepping(stage, replica.version):
                 self.optimizers[stage].step()
             self.optimizers[stage].zero_grad(set_to_none=True)
-            self._latest[stage] = self._ahead(self.plain(stage), before)
+            if steps or stage not in self._latest:
+                self._latest[stage] = self._ahead(self.plain(stage), before)
         replica.load(self._latest[stage])
 
     def _ahead(self, plain: list[Tensor], before: list[Tensor] | None) -> list[Tensor]:
