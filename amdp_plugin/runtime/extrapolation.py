@@ -172,7 +172,7 @@ class ExtrapolatedWeights:
         themselves."""
         assert self._planned is not None
         storages = {parameter.untyped_storage().data_ptr() for parameter in self._parameters}
-        with live_update(self._parameters):
+        with live_update({*self._parameters, *self._stepped()}):  # an optimizer may have others, which it never steps
             masters = []
             for optimizer in self._optimizers:
                 for group in optimizer.param_groups:

@@ -91,6 +91,21 @@ def test_a_backward_goes_back_along_the_mean_of_updates(masters: bool) -> None:
         assert_equal(host.seen(), held)
 
 
+@pytest.mark.parametrize("name", ["pipemare", "spectrain"])
+def test_what_an_optimizer_has_and_never_steps_may_be_in_live_graphs(name: str) -> None:
+    host = Host(planned(name))
+    frozen = nn.Parameter(torch.full((3,), 2.0), requires_grad=False)
+    host.optimizer.add_param_group({"params": [frozen]})
+    for update in range(3):
+        host.step(update)
+    x = torch.ones(3, requires_grad=True)
+    product = (x * frozen).sum()
+    with host.using(BACKWARD, 3, 1, 3):
+        assert not torch.equal(host.seen()[0], host.layer.weight.new_zeros(3, 3))
+    product.backward()
+    assert torch.equal(x.grad, frozen) and torch.equal(frozen, torch.full((3,), 2.0))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("make_optimizer", [momentum, adam])
 def test_a_pass_goes_ahead_along_the_smooth_direction(make_optimizer: Any, masters: bool) -> None:
