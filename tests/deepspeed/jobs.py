@@ -26,7 +26,7 @@ from amdp_plugin.settings import read_schedule
 from tests import devices
 from tests.processes import run_ranks
 from tests.runtime.models import KINDS, OPTIMIZERS, ROWS, Plain, Recomputed, data, loss
-from tests.runtime.pipelines import assert_same_random, placed
+from tests.runtime.pipelines import assert_same_random, largest_gap, placed
 
 # What every rank would do anew: build (the first time ever) and load an extension, try which others would build.
 build_shm_op()
@@ -267,7 +267,6 @@ def assert_equals_oracle(found: list[dict[str, Any]], pipeline: SerialPipeline, 
         for value, master in zip(result["plain"], pipeline.plain(rank), strict=True):
             assert torch.equal(value, master.to(value)), f"rank {rank}: plain iterate"
         assert_same_random(result["random"], pipeline.random_states[rank], f"rank {rank}")
-        own = [used for (stage, index), used in pipeline.used.items() if placement.rank_of(stage, index) == rank]
-        assert result["gap"] == max(used.backward - used.forward for used in own)
+        assert result["gap"] == largest_gap(pipeline, rank)
         if losses is not None:
             assert result["losses"] == losses, f"rank {rank}"

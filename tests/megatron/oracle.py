@@ -18,7 +18,7 @@ from amdp_plugin.runtime.serial import SerialPipeline
 from amdp_plugin.settings import Needs, read_schedule
 from tests.devices import drawn_from
 from tests.processes import run_ranks
-from tests.runtime.pipelines import assert_same_random
+from tests.runtime.pipelines import assert_same_random, largest_gap
 
 from .jobs import Job, masked_report, report, run_model
 from .training import assert_same_weights, copies, initialize
@@ -114,14 +114,7 @@ def run_oracle(
         "plain": [[value.cpu() for value in pipeline.plain(stage)] for stage in range(job.pipeline)],
         "losses": losses,
         "random": pipeline.random_states,
-        "gaps": [
-            max(
-                used.backward - used.forward
-                for (stage, number), used in pipeline.used.items()
-                if placement.rank_of(stage, number) == rank
-            )
-            for rank in ranks
-        ],
+        "gaps": [largest_gap(pipeline, rank) for rank in ranks],
     }
 
 

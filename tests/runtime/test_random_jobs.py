@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from amdp_plugin.plan.devices import Provision
 
 from ..processes import run_ranks
-from .pipelines import Case, assert_equals_oracle, make_executor, oracle_of_parts, result, run_parts
+from .pipelines import Case, assert_equals_oracle, largest_gap, make_executor, oracle_of_parts, result, run_parts
 from .rendezvous import Rendezvous
 from .test_rendezvous import micro_batches, provision
 
@@ -75,18 +75,9 @@ def test_random_jobs_equal_the_oracle(case: Case, parts: list[int]) -> None:
     found = run_ranks(case.stages, train, case, provision(case), parts)
     oracle = oracle_of_parts(case, parts, micro_batches(case))
     bound = max(oracle.schedule.max_gap)
-    for end, used in zip(found, gaps(oracle), strict=True):
+    for rank, end in enumerate(found):
         # What is cancelled at the end of a part may have had a gap, too.
+        used = largest_gap(oracle, rank)
         assert used <= end["gap"] <= max(bound, used)
         end["gap"] = used
     assert_equals_oracle(found, oracle)
-
-
-def gaps(oracle: Any) -> list[int]:
-    """The largest of every rank, in what was not cancelled."""
-    placement = oracle.schedule.placement
-    found = [0] * placement.num_ranks
-    for (stage, number), used in oracle.used.items():
-        rank = placement.rank_of(stage, number)
-        found[rank] = max(found[rank], used.backward - used.forward)
-    return found
